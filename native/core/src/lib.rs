@@ -1,0 +1,6 @@
+//! The core of `vhostuser`: guest memory, rings, queue workers, storage engines. No Python here.
+#![deny(unsafe_code)]
+
+pub mod disk;
+pub mod memory;
+pub mod sys;

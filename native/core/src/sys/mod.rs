@@ -1,0 +1,1 @@
+//! The kernel's interfaces, made safe: descriptors, eventfds, io_uring, SIGBUS.

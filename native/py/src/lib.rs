@@ -1,0 +1,1 @@
+//! The Python shell over `vhostuser-core`.

@@ -1,0 +1,292 @@
+"""The seam between Python and the native core: setups go in, facts come back.
+
+Every descriptor handed over is duplicated; the caller keeps and closes its own. Calls that may wait say so
+and let other Python threads run. Rust errors arrive as the classes of `vhostuser.errors` or as `OSError`.
+"""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Protocol, Self, final
+
+RegionTuple = tuple[int, int, int, int, int]
+"""(guest_addr, size, user_addr, mmap_offset, fd), as in the payload of SET_MEM_TABLE."""
+
+@final
+class GuestMemory:
+    """An immutable table of mapped guest memory regions.
+
+    Regions may have any alignment and offset. Raises `GuestMemoryError` for a table that overlaps in guest
+    or user addresses, wraps around, is empty in size, has more than 512 regions, or whose file is shorter than
+    the region or cannot be mapped shared. Unmapped when the last user (ring, operation, view) has let go.
+    """
+
+    def __new__(cls, regions: Sequence[RegionTuple] = ()) -> Self: ...
+    def add(self, region: RegionTuple) -> GuestMemory:
+        """The table with one more region; this one stays as it is."""
+
+    def remove(self, guest_addr: int, size: int, user_addr: int) -> GuestMemory:
+        """The table without that region. Raises `GuestMemoryError` when there is none."""
+
+    @property
+    def regions(self) -> tuple[tuple[int, int, int, int], ...]:
+        """(guest_addr, size, user_addr, mmap_offset) by rising guest address."""
+
+    @property
+    def poisoned(self) -> bool:
+        """True once the peer truncated a file behind this table: its pages were replaced by zeroes."""
+
+    def read(self, guest_addr: int, length: int) -> bytes:
+        """A copy of guest memory. Raises `GuestMemoryError` when any byte is outside of the table."""
+
+    def write(self, guest_addr: int, data: bytes) -> None:
+        """Stores into guest memory, all or nothing."""
+
+@final
+class EngineSpec:
+    """How a disk reaches its storage natively. One engine is made from it per worker."""
+
+    @staticmethod
+    def file(
+        fd: int,
+        *,
+        engine: str = "auto",
+        direct: bool = False,
+        memory_align: int = 1,
+        offset_align: int = 1,
+        block_device: bool = False,
+    ) -> EngineSpec:
+        """A file or block device. `engine` is "io_uring", "syscalls" or "auto" (io_uring unless the kernel refuses it).
+
+        `direct`: the descriptor was opened with O_DIRECT; `memory_align` and `offset_align` are what it demands,
+        in bytes. `block_device`: discard and zero by BLKDISCARD and BLKZEROOUT. Raises `OSError` when
+        "io_uring" was demanded and the kernel refuses it.
+        """
+
+    @staticmethod
+    def memory(size: int) -> EngineSpec:
+        """`size` bytes of zeroes in this process; pages are taken when written."""
+
+    @staticmethod
+    def null() -> EngineSpec:
+        """Reads leave the buffers as they are, everything else succeeds at once."""
+
+    def with_faults(
+        self,
+        *,
+        delay_read_s: float = 0.0,
+        delay_write_s: float = 0.0,
+        delay_flush_s: float = 0.0,
+        error_read: float = 0.0,
+        error_write: float = 0.0,
+        error_flush: float = 0.0,
+        seed: int = 0,
+    ) -> EngineSpec:
+        """The same storage made slow and unreliable on purpose.
+
+        Each request is held for 0.5 to 1.5 times its delay, so that requests end out of order; `error_*` is the
+        share of requests, 0..1, that fail with EIO (a failed write stores nothing). Discards and zeroes count as writes.
+        """
+
+    def resize(self, size: int) -> None:
+        """Memory only: makes room for `size` bytes (what is cut off reads as zeroes when grown again)."""
+
+    @property
+    def name(self) -> str:
+        """The engine that will run: "io_uring", "syscalls", "memory" or "null"."""
+
+@final
+class Event:
+    """Something a worker wants its session to know."""
+
+    kind: str
+    """"ring_broken", "memory_lost", "flush_failed"."""
+    index: int | None
+    """The ring concerned."""
+    reason: str
+
+class QueueSet(Protocol):
+    """The rings of one device and the workers that serve them. Used from one thread (the session's), unless noted."""
+
+    @property
+    def num_queues(self) -> int: ...
+    def set_memory(self, memory: GuestMemory, timeout_s: float = 30.0) -> None:
+        """Changes the memory under all rings. Waits until no operation uses the old one; started rings are
+        looked up again and one that lies outside is broken. Raises `DrainTimeout`."""
+
+    def start(
+        self,
+        index: int,
+        *,
+        size: int,
+        desc: int,
+        used: int,
+        avail: int,
+        base: int,
+        features: int,
+        enabled: bool,
+        kick: int | None = None,
+        call: int | None = None,
+        err: int | None = None,
+    ) -> None:
+        """Starts ring `index`; `desc`, `used` and `avail` are user addresses (VringAddr), `features` the negotiated bits.
+
+        The ring is looked at once at once. No `kick` means that it is polled. Raises `SetupError` (which says what is
+        wrong: size, alignment, outside of memory, already started, unfit descriptor) and leaves the ring stopped.
+        """
+
+    def stop(self, index: int, timeout_s: float = 30.0) -> int:
+        """Stops ring `index` and returns its next available index. Waits until every taken chain is used.
+        A broken ring answers its base. Raises `DrainTimeout`, `SetupError` when it was not started."""
+
+    def enable(self, index: int, enabled: bool) -> None:
+        """Lets a started ring run or rest. After disabling nothing more is taken; what was taken still completes.
+        The ring is looked at once after enabling."""
+
+    def set_kick(self, index: int, fd: int | None) -> None:
+        """Replaces the kick descriptor of a started ring and looks at it once."""
+
+    def set_call(self, index: int, fd: int | None) -> None:
+        """Replaces the call descriptor of a started ring, without waiting, and signals the new one once."""
+
+    def set_err(self, index: int, fd: int | None) -> None: ...
+    @property
+    def events_fd(self) -> int:
+        """Readable while `take_events` has something; owned by this object."""
+
+    def take_events(self) -> list[Event]: ...
+    def stats(self) -> list[dict[str, int]]:
+        """One dictionary per queue, from any thread, stopping nothing: see `docs/operate/statistics.md` for the keys."""
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Stops all rings and ends the workers once storage has answered. Raises `DrainTimeout` (the workers then end
+        by themselves later). Idempotent."""
+
+@final
+class BlockQueues(QueueSet):
+    """The rings of a virtio disk, served from `engine`.
+
+    Ring `i` runs on worker `i % num_workers`. Limits: see `virtio_blk_config`; sectors are 512 bytes.
+    """
+
+    def __new__(
+        cls,
+        engine: EngineSpec,
+        *,
+        num_queues: int,
+        num_workers: int,
+        num_sectors: int,
+        block_size: int = 512,
+        read_only: bool = False,
+        writeback: bool = True,
+        device_id: bytes = b"",
+        poll_us: int = 0,
+        max_discard_sectors: int = 0,
+        max_discard_seg: int = 0,
+        max_write_zeroes_sectors: int = 0,
+        max_write_zeroes_seg: int = 0,
+    ) -> Self: ...
+    def set_num_sectors(self, num_sectors: int) -> None:
+        """The bound for every request taken from now on. From any thread."""
+
+    def set_writeback(self, writeback: bool) -> None:
+        """False: a write completes only once it is on stable storage. From any thread."""
+
+    @property
+    def flush_failed(self) -> bool:
+        """True once an fdatasync failed: every later FLUSH fails until the disk is reopened."""
+
+    # The QueueSet methods are repeated by inheritance.
+
+@final
+class ChainQueues(QueueSet):
+    """Rings whose chains are handed to Python: for device types served by Python threads."""
+
+    def __new__(cls, *, num_queues: int, num_workers: int = 1) -> Self: ...
+    def take(self, index: int, timeout_s: float | None = None) -> Chain | None:
+        """The next chain of ring `index`; None when `timeout_s` passed or the queues were closed. Waits. From any thread."""
+
+    @property
+    def closed(self) -> bool: ...
+
+@final
+class Chain:
+    """One chain of a ring: a readable byte stream, then a writable one. From any thread.
+
+    Answered once, with `complete`; dropped unanswered it completes with length 0. Buffers stay mapped for as long as the
+    chain is referenced; after `complete` or after the ring was stopped by force reads and writes raise `SetupError`.
+    """
+
+    index: int
+    head: int
+    readable: int
+    """Bytes the driver gave to read."""
+    writable: int
+    """Bytes the driver has room for."""
+
+    def read(self, length: int = -1) -> bytes:
+        """Copies the next bytes of the readable stream."""
+
+    def write(self, data: bytes) -> int:
+        """Copies into the next bytes of the writable stream; returns how many fitted."""
+
+    def complete(self, written: int | None = None) -> None:
+        """Gives the chain back to the driver. `written` defaults to what `write` stored."""
+
+@final
+class Arena:
+    """Shared memory of a front-end: a sealed memfd mapped into this process. Supports the buffer protocol (writable)."""
+
+    def __new__(cls, size: int, *, huge_pages: bool = False) -> Self: ...
+    @property
+    def fd(self) -> int:
+        """Owned by the arena."""
+
+    @property
+    def address(self) -> int:
+        """Where byte 0 is mapped here: what the front-end calls its user address."""
+
+    @property
+    def size(self) -> int: ...
+
+@final
+class DriverRing:
+    """The driver half of a split ring that lies in an `Arena`. One thread at a time.
+
+    `desc`, `avail` and `used` are offsets into the arena. Addresses in descriptors are guest addresses, whatever the
+    caller's memory table says they are. The constructor zeroes the ring unless `resume` is true.
+    """
+
+    def __new__(
+        cls, arena: Arena, *, size: int, desc: int, avail: int, used: int, features: int, resume: bool = False
+    ) -> Self: ...
+    def add(
+        self,
+        readable: Sequence[tuple[int, int]],
+        writable: Sequence[tuple[int, int]],
+        *,
+        table: tuple[int, int] | None = None,
+    ) -> int:
+        """Makes a chain of (guest_addr, length) pairs and returns its head. `table`: (arena offset, guest_addr) of
+        room for an indirect table. Raises `BlockingIOError` when the ring has no room for it. Not visible yet."""
+
+    def publish(self) -> bool:
+        """Makes what was added visible; True when the device wants to be kicked."""
+
+    def reap(self) -> list[tuple[int, int]]:
+        """(head, written) of every chain the device gave back. Raises `RemoteRingError` for an id that is not
+        outstanding or an index that jumped."""
+
+    def enable_interrupts(self, after: int = 1) -> bool:
+        """Asks for a call once `after` more chains are used. True when there is something to reap already."""
+
+    def disable_interrupts(self) -> None: ...
+    @property
+    def free(self) -> int:
+        """Descriptors not in use."""
+
+    @property
+    def outstanding(self) -> int: ...
+    @property
+    def avail_index(self) -> int: ...
+    @property
+    def used_index(self) -> int: ...
