@@ -2,9 +2,11 @@
 #![allow(unsafe_code)]
 
 mod iovec;
+mod mapping;
+mod slice;
+mod space;
 
 pub use iovec::IoVec;
-
-/// An immutable table of mapped regions.
-#[derive(Debug)]
-pub struct GuestMemory {}
+pub use mapping::Mapping;
+pub use slice::{GuestSlice, OutOfBounds};
+pub use space::{GuestMemory, MemoryError, RegionSpec, Unmapped, MAX_REGIONS};
