@@ -1,0 +1,96 @@
+# Everything people and CI run. `make` alone formats, builds, lints and tests; `make help` lists the rest.
+
+PYTHON ?= python3
+BIN := .venv/bin
+CARGO := cd native && cargo
+export PYTHON
+
+NATIVE_SOURCES := $(shell find native -name target -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
+
+.PHONY: all help demo build format lint test test-native guest interop bench docs fuzz clean
+.DELETE_ON_ERROR:
+
+all: format build lint test
+
+help:
+	@echo 'make              format, build, lint and test'
+	@echo 'make demo         serve an image to a real guest, which formats, fills, resizes and reboots on it'
+	@echo 'make build        the virtual environment .venv with the package in it (native module: profile quick)'
+	@echo 'make lint         ruff, mypy --strict, cargo fmt, cargo clippy: no warning passes'
+	@echo 'make test         the Python tests, one guest boot per QEMU included, and the native tests'
+	@echo 'make test-native  the native tests alone'
+	@echo 'make guest        the whole matrix of real guests (minutes)'
+	@echo 'make interop      real peers: qemu-img and qemu-io over libblkio (minutes)'
+	@echo 'make bench        the benchmarks'
+	@echo 'make docs         the documentation, warnings are errors; needs a passing `make test` for its tables'
+	@echo 'make fuzz         the fuzz targets, FUZZ_SECONDS (60) each'
+	@echo 'make clean        removes what the other targets made'
+
+# -- building ---------------------------------------------------------------------------------------------------------
+
+.venv/.dev: pyproject.toml tools/setup-python
+	@tools/setup-python
+	@touch $@
+
+.venv/.docs: .venv/.dev
+	@tools/setup-python docs
+	@touch $@
+
+.venv/.native: .venv/.dev $(NATIVE_SOURCES)
+	@tools/check-rust
+	$(BIN)/maturin develop --profile quick --quiet
+	@touch $@
+
+build: .venv/.native
+
+# -- judging ----------------------------------------------------------------------------------------------------------
+
+format: .venv/.dev
+	$(BIN)/ruff check --quiet --fix-only src tests examples
+	$(BIN)/ruff format --quiet src tests examples
+	@tools/check-rust
+	$(CARGO) fmt --all
+
+lint: build
+	$(BIN)/ruff check src tests examples
+	$(BIN)/ruff format --check src tests examples
+	$(BIN)/mypy
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --quiet --locked --profile quick --workspace --all-targets -- -D warnings
+
+test: build
+	$(BIN)/pytest
+	@$(MAKE) --no-print-directory test-native
+
+test-native:
+	@tools/check-rust
+	$(CARGO) test --quiet --locked --profile quick -p vhostuser-core
+
+guest: build
+	$(BIN)/pytest -m guest tests/guest
+
+interop: build
+	$(BIN)/pytest -m interop tests/interop
+
+demo: build
+	@$(BIN)/python -m tests.guest.demo
+
+bench: build
+	$(BIN)/python -m benchmarks
+
+FUZZ_SECONDS ?= 60
+fuzz: build
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
+# -- documentation ----------------------------------------------------------------------------------------------------
+
+build/covers.json:
+	@$(MAKE) --no-print-directory test
+
+docs: .venv/.docs build build/covers.json
+	$(BIN)/python docs/conformance.py build/covers.json docs/reference/conformance.md
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
+	@echo 'docs/_build/html/index.html'
+
+clean:
+	rm -rf build dist docs/_build docs/reference/conformance.md .venv native/target src/vhostuser/_native*.so
