@@ -3,4 +3,5 @@
 
 pub mod disk;
 pub mod memory;
+pub mod ring;
 pub mod sys;

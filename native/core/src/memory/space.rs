@@ -120,10 +120,7 @@ impl GuestMemory {
         for pair in table.windows(2) {
             let (low, high) = (&pair[0].spec, &pair[1].spec);
             if low.guest_addr + low.size > high.guest_addr {
-                return Err(MemoryError::Table(format!(
-                    "regions overlap at guest address {:#x}",
-                    high.guest_addr
-                )));
+                return Err(MemoryError::Table(format!("regions overlap at guest address {:#x}", high.guest_addr)));
             }
         }
         let mut by_user: Vec<u16> = (0..table.len() as u16).collect();
@@ -175,9 +172,7 @@ impl GuestMemory {
             let here = left.min(region.spec.size - into);
             // SAFETY: `into + here` lies within the region, whose mapping has its size; the table
             // keeps the mapping, and whoever holds the run holds the table.
-            out.push(unsafe {
-                IoVec::from_raw_parts(region.map.start().as_ptr().add(into as usize), here as usize)
-            });
+            out.push(unsafe { IoVec::from_raw_parts(region.map.start().as_ptr().add(into as usize), here as usize) });
             left -= here;
             // A region ends at most at 2^64 exactly (`check_region`): wrapping to 0 finds what is there.
             match at.checked_add(here) {

@@ -20,9 +20,8 @@ struct Slot {
     poisoned: AtomicBool,
 }
 
-static TABLE: [Slot; SLOTS] = [const {
-    Slot { base: AtomicUsize::new(0), len: AtomicUsize::new(0), poisoned: AtomicBool::new(false) }
-}; SLOTS];
+static TABLE: [Slot; SLOTS] =
+    [const { Slot { base: AtomicUsize::new(0), len: AtomicUsize::new(0), poisoned: AtomicBool::new(false) } }; SLOTS];
 /// Slots from here on were never used.
 static TOP: AtomicUsize = AtomicUsize::new(0);
 static FREE: Mutex<Vec<usize>> = Mutex::new(Vec::new());

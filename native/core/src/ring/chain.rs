@@ -1,0 +1,258 @@
+//! One chain: two byte streams, the readable one and then the writable one, never a count of descriptors
+//! (virtio: Message Framing).
+
+use super::layout::{Descriptor, DESC_SIZE, F_INDIRECT, F_NEXT, F_WRITE};
+use super::{Areas, Broken};
+use crate::memory::{GuestMemory, IoVec};
+
+/// Entries an indirect table may have even where the ring is shorter: Linux makes tables for `seg_max`, whatever the ring's size.
+const MIN_INDIRECT_LIMIT: u32 = 4096;
+/// Bytes one chain may describe (virtio: Message Framing).
+const MAX_LEN: u64 = 1 << 32;
+
+/// What is wrong with a chain that can still be given back to the driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// A buffer or an indirect table lies outside of guest memory.
+    Unmapped,
+    /// A readable buffer follows a writable one.
+    Order,
+    /// More than 2^32 bytes.
+    Length,
+}
+
+/// Where the last writable byte is.
+#[derive(Clone, Copy, Debug)]
+pub enum Status {
+    /// The chain has no writable byte.
+    None,
+    /// It is outside of guest memory.
+    Unmapped,
+    /// It is this run of one byte, which is *not* part of `Chain::writable` any more.
+    At(IoVec),
+}
+
+/// A chain taken from a ring. The lists are used again for the next one.
+#[derive(Debug, Default)]
+pub struct Chain {
+    /// The first descriptor: what is given back.
+    pub head: u16,
+    /// The readable stream.
+    pub readable: Vec<IoVec>,
+    /// The writable stream.
+    pub writable: Vec<IoVec>,
+    /// Bytes in `readable`.
+    pub readable_len: u64,
+    /// Bytes in `writable`.
+    pub writable_len: u64,
+    /// Set when not everything could be found; the streams then have holes.
+    pub fault: Option<Fault>,
+    last_unmapped: bool,
+}
+
+impl Chain {
+    /// Reads the chain at `head`. `Err` means that the ring itself cannot be trusted any more.
+    pub(super) fn walk(
+        &mut self,
+        head: u16,
+        areas: &Areas,
+        memory: &GuestMemory,
+        indirect: bool,
+    ) -> Result<(), Broken> {
+        self.clear(head);
+        let mut at = head;
+        for _ in 0..areas.size {
+            let descriptor = areas.descriptor(at)?;
+            if descriptor.flags & F_INDIRECT != 0 {
+                if !indirect || descriptor.flags & F_NEXT != 0 {
+                    return Err(Broken::Indirect { head });
+                }
+                return self.walk_table(descriptor, memory, u32::from(areas.size));
+            }
+            self.push(&descriptor, memory);
+            if descriptor.flags & F_NEXT == 0 {
+                return Ok(());
+            }
+            at = descriptor.next;
+            if at >= areas.size {
+                return Err(Broken::Next { head, next: at });
+            }
+        }
+        Err(Broken::Loop { head })
+    }
+
+    fn walk_table(&mut self, table: Descriptor, memory: &GuestMemory, ring_size: u32) -> Result<(), Broken> {
+        let head = self.head;
+        let entries = table.len / DESC_SIZE as u32;
+        if table.len % DESC_SIZE as u32 != 0 || entries == 0 || entries > ring_size.max(MIN_INDIRECT_LIMIT) {
+            return Err(Broken::IndirectLength { head, len: table.len });
+        }
+        // The table may cross regions and have any alignment: it is read through its runs.
+        let first = self.readable.len();
+        if memory.runs(table.addr, u64::from(table.len), &mut self.readable).is_err() {
+            self.fault = Some(Fault::Unmapped);
+            self.last_unmapped = true;
+            return Ok(());
+        }
+        if self.readable.len() == first + 1 {
+            let run = self.readable.swap_remove(first);
+            return self.walk_entries(entries as u16, memory, |at| {
+                let mut bytes = [0; DESC_SIZE];
+                let mut run = run;
+                run.advance(usize::from(at) * DESC_SIZE);
+                run.copy_to(&mut bytes);
+                bytes
+            });
+        }
+        let runs: Vec<IoVec> = self.readable.drain(first..).collect();
+        self.walk_entries(entries as u16, memory, |at| {
+            let mut bytes = [0; DESC_SIZE];
+            copy_out(&runs, usize::from(at) * DESC_SIZE, &mut bytes);
+            bytes
+        })
+    }
+
+    fn walk_entries(
+        &mut self,
+        entries: u16,
+        memory: &GuestMemory,
+        entry: impl Fn(u16) -> [u8; DESC_SIZE],
+    ) -> Result<(), Broken> {
+        let head = self.head;
+        let mut at = 0;
+        for _ in 0..entries {
+            let descriptor = Descriptor::from_bytes(entry(at));
+            if descriptor.flags & F_INDIRECT != 0 {
+                return Err(Broken::Indirect { head });
+            }
+            self.push(&descriptor, memory);
+            if descriptor.flags & F_NEXT == 0 {
+                return Ok(());
+            }
+            at = descriptor.next;
+            if at >= entries {
+                return Err(Broken::Next { head, next: at });
+            }
+        }
+        Err(Broken::Loop { head })
+    }
+
+    fn clear(&mut self, head: u16) {
+        self.head = head;
+        self.readable.clear();
+        self.writable.clear();
+        self.readable_len = 0;
+        self.writable_len = 0;
+        self.fault = None;
+        self.last_unmapped = false;
+    }
+
+    #[inline]
+    fn push(&mut self, descriptor: &Descriptor, memory: &GuestMemory) {
+        let len = u64::from(descriptor.len);
+        let (list, total) = if descriptor.flags & F_WRITE != 0 {
+            (&mut self.writable, &mut self.writable_len)
+        } else {
+            if self.writable_len > 0 {
+                self.fault = Some(Fault::Order);
+            }
+            (&mut self.readable, &mut self.readable_len)
+        };
+        if len == 0 {
+            return;
+        }
+        *total += len;
+        let mapped = memory.runs(descriptor.addr, len, list).is_ok();
+        if !mapped {
+            self.fault = Some(Fault::Unmapped);
+        }
+        if descriptor.flags & F_WRITE != 0 {
+            self.last_unmapped = !mapped;
+        }
+        if self.readable_len + self.writable_len > MAX_LEN {
+            self.fault = Some(Fault::Length);
+        }
+    }
+
+    /// Takes the last writable byte off the writable stream.
+    #[inline]
+    pub fn take_status(&mut self) -> Status {
+        if self.last_unmapped {
+            return Status::Unmapped;
+        }
+        let Some(last) = self.writable.last_mut() else { return Status::None };
+        let mut byte = *last;
+        byte.advance(last.len() - 1);
+        if last.len() == 1 {
+            self.writable.pop();
+        } else {
+            last.truncate(last.len() - 1);
+        }
+        self.writable_len -= 1;
+        Status::At(byte)
+    }
+
+    /// Takes `N` bytes off the front of the readable stream; `None` when it is shorter.
+    #[inline]
+    pub fn take_header<const N: usize>(&mut self) -> Option<[u8; N]> {
+        if self.readable_len < N as u64 {
+            return None;
+        }
+        let mut header = [0; N];
+        let mut filled = 0;
+        let mut whole = 0;
+        for run in &mut self.readable {
+            let count = run.copy_to(&mut header[filled..]);
+            run.advance(count);
+            filled += count;
+            whole += usize::from(run.is_empty());
+            if filled == N {
+                break;
+            }
+        }
+        if filled < N {
+            return None;
+        }
+        self.readable.drain(..whole);
+        self.readable_len -= N as u64;
+        Some(header)
+    }
+}
+
+/// Copies bytes from byte `offset` of a stream of runs; returns how many there were.
+pub(crate) fn copy_out(runs: &[IoVec], mut offset: usize, into: &mut [u8]) -> usize {
+    let mut filled = 0;
+    for run in runs {
+        if offset >= run.len() {
+            offset -= run.len();
+            continue;
+        }
+        let mut run = *run;
+        run.advance(offset);
+        offset = 0;
+        filled += run.copy_to(&mut into[filled..]);
+        if filled == into.len() {
+            break;
+        }
+    }
+    filled
+}
+
+/// Copies bytes to byte `offset` of a stream of runs; returns how many fitted.
+pub(crate) fn copy_in(runs: &[IoVec], mut offset: usize, from: &[u8]) -> usize {
+    let mut stored = 0;
+    for run in runs {
+        if offset >= run.len() {
+            offset -= run.len();
+            continue;
+        }
+        let mut run = *run;
+        run.advance(offset);
+        offset = 0;
+        stored += run.copy_from(&from[stored..]);
+        if stored == from.len() {
+            break;
+        }
+    }
+    stored
+}
