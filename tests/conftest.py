@@ -1,8 +1,8 @@
 """For all tests: which rows of the conformance table were proved by a test that passed, kept in `build/covers.json`.
 
-A test names its rows with ``@pytest.mark.covers("ROW", ...)``; `docs/conformance.py` refuses a claimed row that no passed test
-names. Runs add to the file, since the ordinary run, `make guest` and `make interop` each prove their part; a test that ran
-and did not pass loses its entry.
+A test names its rows with ``@pytest.mark.covers("ROW", ...)``; `docs/conformance.py` refuses a claimed row that no
+passed test names. Runs add to the file, since the ordinary run, `make guest` and `make interop` each prove their part;
+a test that ran and did not pass loses its entry.
 """
 
 from __future__ import annotations
