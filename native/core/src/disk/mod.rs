@@ -4,10 +4,18 @@
 //! it moves and the guest memory they point into, and gives it back as a [`Completion`]. Engines
 //! check nothing about sectors or limits: `blk` has done so before.
 
+mod inject;
+mod memory;
+mod null;
+mod spec;
+
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use self::inject::Faults;
+pub use self::memory::MemoryDisk;
+pub use self::spec::{AnyEngine, Spec};
 use crate::memory::{GuestMemory, IoVec};
 
 /// What an operation asks of storage.
@@ -56,10 +64,18 @@ pub struct Completion {
     pub kind: Kind,
     /// `Ok`: all `len` bytes were moved. `Err(errno)`: a positive errno; a short file is `EIO`.
     pub result: Result<(), i32>,
-    /// The operation's own list, to be used again.
+    /// The operation's own list, to be used again; what it says is of no meaning any more.
     pub runs: Vec<IoVec>,
     /// The data went through an aligned buffer because direct I/O demanded it.
     pub bounced: bool,
+}
+
+impl Completion {
+    /// The end of `operation`, which lets go of its memory.
+    #[inline]
+    pub(crate) fn of(operation: Operation, result: Result<(), i32>) -> Self {
+        Self { token: operation.token, kind: operation.kind, result, runs: operation.runs, bounced: false }
+    }
 }
 
 /// A worker's way to storage, and what the worker sleeps on.
@@ -92,5 +108,6 @@ pub trait Engine: Send {
 
     /// Hands over what is queued like `kick`, then blocks until a watched descriptor is readable
     /// (its tokens are appended to `ready`), an operation has ended, or `timeout` has passed.
+    /// It may return earlier with nothing to tell.
     fn wait(&mut self, timeout: Option<Duration>, ready: &mut Vec<u32>) -> io::Result<()>;
 }

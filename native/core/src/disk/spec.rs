@@ -1,0 +1,146 @@
+//! Which storage a disk has, and making an engine for it on each worker.
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::inject::FaultyEngine;
+use super::memory::{MemoryDisk, MemoryEngine};
+use super::null::NullEngine;
+use super::{Completion, Engine, Faults, Operation};
+
+/// Longer delays than this are a mistake of the tester.
+const MAX_DELAY: Duration = Duration::from_secs(3600);
+
+#[derive(Clone, Debug)]
+enum Storage {
+    Memory(Arc<MemoryDisk>),
+    Null,
+}
+
+/// How a disk reaches its storage. Cheap to clone, usable from any thread; all engines built from it
+/// and its clones work on the same storage.
+#[derive(Clone, Debug)]
+pub struct Spec {
+    storage: Storage,
+    faults: Option<Faults>,
+    /// Engines built so far, so that each has random numbers of its own.
+    built: Arc<AtomicU64>,
+}
+
+impl Spec {
+    fn over(storage: Storage) -> Self {
+        Self { storage, faults: None, built: Arc::default() }
+    }
+
+    /// `size` bytes of zeroes in this process. Fails with `ENOMEM` when the system refuses so much address space.
+    pub fn memory(size: u64) -> io::Result<Self> {
+        Ok(Self::over(Storage::Memory(Arc::new(MemoryDisk::new(size)?))))
+    }
+
+    /// Reads leave the buffers as they are, everything else succeeds at once.
+    pub fn null() -> Self {
+        Self::over(Storage::Null)
+    }
+
+    /// The same storage made slow and unreliable. Replaces earlier faults. Fails with `EINVAL` for a
+    /// share that is not in 0..1 or a delay of more than an hour.
+    pub fn with_faults(&self, faults: Faults) -> io::Result<Self> {
+        let shares = [faults.error_read, faults.error_write, faults.error_flush];
+        let delays = [faults.delay_read, faults.delay_write, faults.delay_flush];
+        if !shares.iter().all(|share| (0.0..=1.0).contains(share)) || delays.iter().any(|delay| *delay > MAX_DELAY) {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        Ok(Self { storage: self.storage.clone(), faults: Some(faults), built: Arc::default() })
+    }
+
+    /// Memory only: makes the disk `size` bytes long; what is cut off reads as zeroes when grown again.
+    /// Other storage has its own size, or none: `EOPNOTSUPP`.
+    pub fn resize(&self, size: u64) -> io::Result<()> {
+        match &self.storage {
+            Storage::Memory(disk) => disk.resize(size),
+            _ => Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
+        }
+    }
+
+    /// The engine that runs: "io_uring", "syscalls", "memory" or "null".
+    pub fn name(&self) -> &'static str {
+        match &self.storage {
+            Storage::Memory(_) => "memory",
+            Storage::Null => "null",
+        }
+    }
+
+    /// Makes an engine for the calling thread, which alone uses and drops it.
+    pub fn build(&self) -> io::Result<AnyEngine> {
+        let engine = match &self.storage {
+            Storage::Memory(disk) => AnyEngine::Memory(MemoryEngine::new(Arc::clone(disk))),
+            Storage::Null => AnyEngine::Null(NullEngine::default()),
+        };
+        Ok(match self.faults {
+            Some(faults) => {
+                let stream = self.built.fetch_add(1, Ordering::Relaxed);
+                AnyEngine::Faulty(Box::new(FaultyEngine::new(engine, faults, stream)))
+            }
+            None => engine,
+        })
+    }
+}
+
+/// Any of the engines, without a virtual call per operation.
+#[derive(Debug)]
+pub enum AnyEngine {
+    /// Memory of this process.
+    Memory(MemoryEngine),
+    /// Nothing.
+    Null(NullEngine),
+    /// Another one, disturbed on purpose.
+    Faulty(Box<FaultyEngine<AnyEngine>>),
+}
+
+macro_rules! each {
+    ($self:ident, $engine:ident => $call:expr) => {
+        match $self {
+            AnyEngine::Memory($engine) => $call,
+            AnyEngine::Null($engine) => $call,
+            AnyEngine::Faulty($engine) => $call,
+        }
+    };
+}
+
+impl Engine for AnyEngine {
+    fn inline(&self) -> bool {
+        each!(self, engine => engine.inline())
+    }
+
+    #[inline]
+    fn submit(&mut self, operation: Operation) -> Option<Completion> {
+        each!(self, engine => engine.submit(operation))
+    }
+
+    fn kick(&mut self) -> io::Result<()> {
+        each!(self, engine => engine.kick())
+    }
+
+    #[inline]
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        each!(self, engine => engine.reap(done))
+    }
+
+    fn pending(&self) -> usize {
+        each!(self, engine => engine.pending())
+    }
+
+    fn watch(&mut self, fd: libc::c_int, token: u32) -> io::Result<()> {
+        each!(self, engine => engine.watch(fd, token))
+    }
+
+    fn unwatch(&mut self, token: u32) {
+        each!(self, engine => engine.unwatch(token));
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>, ready: &mut Vec<u32>) -> io::Result<()> {
+        each!(self, engine => engine.wait(timeout, ready))
+    }
+}
