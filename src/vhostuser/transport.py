@@ -1,0 +1,391 @@
+"""Bytes and descriptors over a Unix stream socket. Touches sockets and, to listen, the socket's file.
+
+Every socket made here is blocking and close-on-exec; `O_NONBLOCK` of an inherited one is left as it is, since the open
+file may be shared with others.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import grp
+import os
+import secrets
+import select
+import socket
+import stat
+import struct
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Final, Self
+
+from vhostuser.errors import LocalProtocolError, OperatorError, PeerGone, RemoteProtocolError, UsageError
+from vhostuser.fds import Fd
+from vhostuser.protocol.ids import MAX_FDS
+
+SEND_TIMEOUT_S: Final = 30.0
+"""How long a peer may leave its end unread before it counts as gone."""
+
+MAX_PATH: Final = 107
+"""The longest socket path, in bytes: sun_path less its terminating zero."""
+
+PIPE_CHUNK: Final = 4096
+"""What a pipe that polls writable takes at once without blocking (pipe(7), PIPE_BUF)."""
+
+
+class Transport:
+    """One end of a connected stream socket. Blocks; safe for one reading and one writing thread."""
+
+    def __init__(self, sock: socket.socket, *, send_timeout_s: float = SEND_TIMEOUT_S) -> None:
+        """Takes over ``sock``, a connected AF_UNIX stream socket."""
+        self._socket = sock
+        self._send_timeout_s = send_timeout_s
+
+    @staticmethod
+    def over_pipe(fd: Fd, *, send_timeout_s: float = SEND_TIMEOUT_S) -> Transport:
+        """Return a transport that only sends, and takes over ``fd``: UML's back-end channel is a pipe."""
+        return _PipeTransport(fd, send_timeout_s=send_timeout_s)
+
+    @property
+    def receives(self) -> bool:
+        """False for a pipe: no acknowledgement can ever come back."""
+        return True
+
+    def fileno(self) -> int:
+        """Return the descriptor, to wait on; -1 once closed."""
+        return self._socket.fileno()
+
+    def receive(self, want: int) -> tuple[bytes, list[Fd]]:
+        """Return 1 to ``want`` bytes and the descriptors that came with them; no bytes when the peer closed its end.
+
+        Blocks until there is something. Raises `RemoteProtocolError` when descriptors were cut off; those that came
+        are closed then.
+        """
+        space = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
+        while True:
+            try:
+                data, ancillary, flags, _ = self._socket.recvmsg(want, space, socket.MSG_CMSG_CLOEXEC)
+                break
+            except BlockingIOError:
+                self._wait(select.POLLIN, None)
+            except ConnectionResetError:  # it closed its end with our bytes unread
+                return b"", []
+        fds = _descriptors(ancillary)
+        if flags & socket.MSG_CTRUNC:
+            for fd in fds:
+                fd.close()
+            raise RemoteProtocolError(
+                f"descriptors were cut off: more than {MAX_FDS} were sent, or this process may not open that many"
+            )
+        return data, fds
+
+    def send(self, data: bytes, fds: Sequence[Fd] = ()) -> None:
+        """Send all of ``data``, with ``fds`` attached to its first byte; they stay owned by the caller.
+
+        Raises `PeerGone` when the peer closed its end, or does not take it all within the time limit of this
+        transport; what it got until then is unknown, so the connection is over.
+        """
+        deadline = time.monotonic() + self._send_timeout_s
+        rest = memoryview(data)
+        while rest:
+            try:
+                sent = self._send_some(rest, fds)
+            except BlockingIOError:
+                self._wait(select.POLLOUT, deadline)
+                continue
+            except (BrokenPipeError, ConnectionResetError) as error:
+                raise PeerGone("the peer closed the connection") from error
+            rest, fds = rest[sent:], ()
+
+    def _send_some(self, data: memoryview, fds: Sequence[Fd]) -> int:
+        """Send what can be sent without waiting; raise `BlockingIOError` when that is nothing."""
+        numbers = array.array("i", [fd.fileno() for fd in fds])
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers)] if fds else []
+        return self._socket.sendmsg([data], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+    def _wait(self, event: int, deadline: float | None) -> None:
+        """Wait until the descriptor is ready for ``event``, or for what is an error of the next call."""
+        poll = select.poll()
+        poll.register(self.fileno(), event)
+        timeout_ms = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+        if not poll.poll(timeout_ms):
+            raise PeerGone(f"the peer did not read a message within {self._send_timeout_s:g} s")
+
+    def shutdown(self) -> None:
+        """End both directions: the peer, and a thread of ours that is in `receive`, see the end of the stream."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError as error:
+            if error.errno not in (errno.ENOTCONN, errno.EBADF):
+                raise
+
+    def close(self) -> None:
+        """Close this end; does nothing the second time."""
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+class _PipeTransport(Transport):
+    """The write end of a pipe."""
+
+    def __init__(self, fd: Fd, *, send_timeout_s: float) -> None:
+        self._pipe = fd
+        self._send_timeout_s = send_timeout_s
+
+    @property
+    def receives(self) -> bool:
+        return False
+
+    def fileno(self) -> int:
+        return -1 if self._pipe.closed else self._pipe.fileno()
+
+    def receive(self, want: int) -> tuple[bytes, list[Fd]]:
+        raise LocalProtocolError("nothing can be received through the write end of a pipe")
+
+    def _send_some(self, data: memoryview, fds: Sequence[Fd]) -> int:
+        if fds:
+            raise LocalProtocolError("no descriptor can be sent through a pipe")
+        poll = select.poll()
+        poll.register(self._pipe.fileno(), select.POLLOUT)
+        if not poll.poll(0):  # the pipe may be a blocking one, and it is not ours to change
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return os.write(self._pipe.fileno(), data[:PIPE_CHUNK])
+
+    def shutdown(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._pipe.close()
+
+
+class Listener:
+    """A listening socket, and the file that it made, if it made one."""
+
+    def __init__(self, sock: socket.socket, path: str | None = None, identity: tuple[int, int] | None = None) -> None:
+        """Takes over ``sock``; ``identity`` is device and inode of the file at ``path`` if that is ours to remove."""
+        self._socket = sock
+        self.path: Final = path
+        self._identity = identity
+
+    def fileno(self) -> int:
+        """Return the descriptor, to wait on; -1 once closed."""
+        return self._socket.fileno()
+
+    def accept(self, *, send_timeout_s: float = SEND_TIMEOUT_S) -> Transport:
+        """Return the next connection; blocks until there is one. Raises `OSError` when none can be opened."""
+        while True:
+            try:
+                connected, _ = self._socket.accept()
+            except BlockingIOError:
+                select.select([self._socket], [], [])
+                continue
+            return Transport(connected, send_timeout_s=send_timeout_s)
+
+    def close(self) -> None:
+        """Stop listening, and remove the socket's file if it still is the one made here. Idempotent."""
+        identity, self._identity = self._identity, None
+        if self.path is not None and identity is not None and _identity(self.path) == identity:
+            with suppress(FileNotFoundError):
+                os.unlink(self.path)
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def connect(path: str, timeout_s: float = 10.0, *, send_timeout_s: float = SEND_TIMEOUT_S) -> Transport:
+    """Connect to the socket at ``path``; ``@name`` is an abstract one.
+
+    Blocks while the listener's queue is full, at most ``timeout_s`` (`PeerGone`). Raises `OperatorError` when nobody
+    listens there.
+    """
+    address = _address(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _limit_connect(sock, timeout_s)
+        sock.connect(address)
+        _limit_connect(sock, 0)
+    except BlockingIOError as error:
+        sock.close()
+        raise PeerGone(f"{path} did not accept a connection within {timeout_s:g} s") from error
+    except OSError as error:
+        sock.close()
+        raise OperatorError(path, *_connect_advice(error)) from error
+    return Transport(sock, send_timeout_s=send_timeout_s)
+
+
+def _limit_connect(sock: socket.socket, timeout_s: float) -> None:
+    """Set how long the kernel waits for room in the listener's queue; 0 for ever. `settimeout` does not reach that."""
+    whole = int(timeout_s)
+    value = struct.pack("@ll", whole, int((timeout_s - whole) * 1_000_000))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+
+
+def _connect_advice(error: OSError) -> tuple[str, str]:
+    match error.errno:
+        case errno.ENOENT:
+            return "there is no such socket", "Start the back-end first, or correct the path"
+        case errno.ECONNREFUSED:
+            return "nobody listens on it", "Start the back-end first"
+        case errno.EACCES | errno.EPERM:
+            return "permission denied", "Run as a user who may write to the socket, or widen its mode"
+        case errno.EPROTOTYPE | errno.ENOTSOCK:
+            return "it is not a stream socket", "Correct the path"
+    return os.strerror(error.errno or 0), "Check the path"
+
+
+def listen(path: str, mode: int = 0o600, group: str | int | None = None, backlog: int = 8) -> Listener:
+    """Listen on ``path``; ``@name`` is an abstract one, which has neither ``mode`` nor ``group``.
+
+    The file is made under a temporary name, with its final mode and group, and then takes the place of a stale socket
+    in one step. Raises `OperatorError` when somebody listens there already or the file cannot be made.
+    """
+    address = _address(path)
+    gid = _gid(group)
+    if path.startswith("@"):
+        return _listen_abstract(path, address, backlog)
+    _refuse_occupied(path)
+    temporary = f"{path}.{secrets.token_hex(4)}"
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        os.fchmod(sock.fileno(), mode & 0o600)  # Linux makes the file with the mode of the socket
+        _bind(sock, temporary)
+        try:
+            if gid is not None:
+                os.chown(temporary, -1, gid)
+            os.chmod(temporary, mode)
+            sock.listen(backlog)
+            identity = _identity(temporary)
+            os.rename(temporary, path)
+        except OSError:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+    except OSError as error:
+        sock.close()
+        cause = f"the socket cannot be made: {os.strerror(error.errno or 0)}"
+        raise OperatorError(path, cause, "Choose a directory, mode and group that this user may use") from error
+    return Listener(sock, path, identity)
+
+
+def _listen_abstract(path: str, address: str, backlog: int) -> Listener:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.bind(address)
+        sock.listen(backlog)
+    except OSError as error:
+        sock.close()
+        taken = error.errno == errno.EADDRINUSE
+        cause = "another program listens on it" if taken else os.strerror(error.errno or 0)
+        raise OperatorError(path, cause, "Stop that program, or choose another name") from error
+    return Listener(sock, path)
+
+
+def _bind(sock: socket.socket, path: str) -> None:
+    """Bind to ``path``, which may be longer than an address: the directory is then named by a descriptor."""
+    if len(os.fsencode(path)) <= MAX_PATH:
+        sock.bind(path)
+        return
+    directory, name = os.path.split(path)
+    with Fd(os.open(directory or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as at:
+        sock.bind(f"/proc/self/fd/{at.fileno()}/{name}")
+
+
+def _refuse_occupied(path: str) -> None:
+    """Raise `OperatorError` unless ``path`` is free or a socket on which nobody listens any more."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OperatorError(path, os.strerror(error.errno or 0), "Choose another path") from error
+    if not stat.S_ISSOCK(found.st_mode):
+        raise OperatorError(path, "there is a file that is no socket", "Remove it, or choose another path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        code = probe.connect_ex(path)
+    if code not in (errno.ECONNREFUSED, errno.ENOENT):  # a full queue and a missing permission are signs of life, too
+        raise OperatorError(path, "another program listens on it", "Stop that program, or choose another path")
+
+
+def adopt(fd: int | Fd, *, send_timeout_s: float = SEND_TIMEOUT_S) -> Listener | Transport:
+    """Take over an inherited socket: a `Listener` if it listens, a `Transport` if it is connected.
+
+    Raises `UsageError` for anything else, and leaves the descriptor with the caller then.
+    """
+    number = fd if isinstance(fd, int) else fd.fileno()
+    subject = f"file descriptor {number}"
+    try:
+        with Fd(os.dup(number)) as copy, socket.socket(fileno=copy.fileno()) as probe:
+            copy.detach()  # probe closes it
+            if probe.family != socket.AF_UNIX or probe.type != socket.SOCK_STREAM:
+                raise UsageError(subject, "it is not a Unix stream socket", "Pass an AF_UNIX socket of SOCK_STREAM")
+            listens = bool(probe.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+            if not listens:
+                probe.getpeername()
+    except OSError as error:
+        raise UsageError(subject, *_adopt_advice(error)) from error
+    os.set_inheritable(number, False)
+    sock = socket.socket(fileno=number if isinstance(fd, int) else fd.detach())
+    return Listener(sock) if listens else Transport(sock, send_timeout_s=send_timeout_s)
+
+
+def _adopt_advice(error: OSError) -> tuple[str, str]:
+    match error.errno:
+        case errno.EBADF:
+            return "it is not open", "Pass the number of a socket that this program inherits"
+        case errno.ENOTSOCK:
+            return "it is not a socket", "Pass an AF_UNIX socket of SOCK_STREAM"
+        case errno.ENOTCONN:
+            return "it neither listens nor is connected", "Call listen() or connect() on it first"
+    return os.strerror(error.errno or 0), "Pass an AF_UNIX socket of SOCK_STREAM"
+
+
+def _address(path: str) -> str:
+    """Return the address that ``path`` names. Raises `UsageError` when there can be none."""
+    length = len(os.fsencode(path))
+    if length > MAX_PATH:
+        raise UsageError(path, f"socket paths have at most {MAX_PATH} bytes, not {length}", "Choose a shorter path")
+    if not path or path == "@" or "\0" in path:
+        raise UsageError(repr(path), "this cannot be a socket path", "Give a path, or @name for an abstract socket")
+    return f"\0{path[1:]}" if path.startswith("@") else path
+
+
+def _gid(group: str | int | None) -> int | None:
+    """Return the number of a group. Raises `UsageError` when there is none of that name."""
+    if group is None or isinstance(group, int):
+        return group
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError as error:
+        if group.isdecimal():
+            return int(group)
+        raise UsageError(f"group {group}", "there is no such group", "Give the name or number of a group") from error
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """Return device and inode of the file at ``path`` itself, or None."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _descriptors(ancillary: Iterable[tuple[int, int, bytes]]) -> list[Fd]:
+    """Take over the descriptors in what recvmsg returned."""
+    numbers = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
+    return [Fd(number) for number in numbers]
