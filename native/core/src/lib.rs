@@ -1,7 +1,10 @@
 //! The core of `vhostuser`: guest memory, rings, queue workers, storage engines. No Python here.
 #![deny(unsafe_code)]
 
+pub mod blk;
+pub mod chains;
 pub mod disk;
 pub mod memory;
 pub mod ring;
 pub mod sys;
+pub mod worker;

@@ -1,1 +1,28 @@
-//! The Python shell over `vhostuser-core`.
+//! The Python shell over `vhostuser-core`: converts arguments and errors, lets other Python threads run
+//! while a call waits, decides nothing. `src/vhostuser/_native.pyi` is its contract.
+#![deny(unsafe_code)]
+
+mod arena;
+mod chains;
+mod driver;
+mod engine;
+mod error;
+mod memory;
+mod queues;
+
+use pyo3::prelude::*;
+
+/// The native half of `vhostuser`.
+#[pymodule]
+fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<memory::GuestMemory>()?;
+    module.add_class::<engine::EngineSpec>()?;
+    module.add_class::<queues::Event>()?;
+    module.add_class::<queues::Queues>()?;
+    module.add_class::<queues::BlockQueues>()?;
+    module.add_class::<chains::ChainQueues>()?;
+    module.add_class::<chains::Chain>()?;
+    module.add_class::<arena::Arena>()?;
+    module.add_class::<driver::DriverRing>()?;
+    Ok(())
+}

@@ -70,9 +70,9 @@ impl DeviceRing {
         self.in_flight
     }
 
-    /// Whether the peer took the ring's memory away.
-    pub fn poisoned(&self) -> bool {
-        self.areas.desc.poisoned() || self.areas.avail.poisoned() || self.areas.used.poisoned()
+    /// The used index as the driver sees it.
+    pub fn published(&self) -> u16 {
+        self.published
     }
 
     /// Whether there is a chain to take. Reads the driver's index only when what it last said is used up.

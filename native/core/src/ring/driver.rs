@@ -96,16 +96,11 @@ pub struct DriverRing {
 }
 
 impl DriverRing {
-    /// A ring in `areas`, zeroed first.
-    pub fn new(areas: Areas, features: u64) -> Result<Self, DriverError> {
+    /// A ring in `areas`, which are zeroed first. Both indices start at `base`, as after a GET_VRING_BASE.
+    pub fn new(areas: Areas, features: u64, base: u16) -> Result<Self, DriverError> {
         areas.desc.as_iovec().zero();
         areas.avail.as_iovec().zero();
         areas.used.as_iovec().zero();
-        Self::at(areas, features, 0)
-    }
-
-    /// A ring that starts at `base`, as after a GET_VRING_BASE; both indices are set to it.
-    pub fn at(areas: Areas, features: u64, base: u16) -> Result<Self, DriverError> {
         areas.avail.store_u16(layout::IDX, base)?;
         areas.used.store_u16(layout::IDX, base)?;
         let size = areas.size;

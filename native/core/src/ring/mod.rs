@@ -10,6 +10,7 @@ pub mod index;
 pub mod layout;
 mod split;
 
+pub(crate) use chain::{copy_in, copy_out};
 pub use chain::{Chain, Fault, Status};
 pub use device::DeviceRing;
 pub use driver::{DriverError, DriverRing, Segment};

@@ -25,7 +25,7 @@ fn setup(size: u16, features: u64, base: u16) -> RingSetup {
 
 fn pair(memory: &GuestMemory, size: u16, features: u64, base: u16) -> (DriverRing, DeviceRing) {
     let setup = setup(size, features, base);
-    let driver = DriverRing::at(Areas::find(&setup, memory).unwrap(), features, base).unwrap();
+    let driver = DriverRing::new(Areas::find(&setup, memory).unwrap(), features, base).unwrap();
     (driver, DeviceRing::new(setup, memory).unwrap())
 }
 

@@ -1,0 +1,321 @@
+//! From a request to operations on storage, and from their completions to a status byte.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::Arc;
+
+use super::request::{self, parse, Limits, Parsed, Range, Request, RequestType, S_IOERR, S_OK, S_UNSUPP};
+use crate::disk::{AnyEngine, Completion, Engine, Kind, Operation};
+use crate::memory::{GuestMemory, IoVec};
+use crate::ring::Chain;
+use crate::worker::{Begun, EventKind, Events, Finished, Outcome, Serve};
+
+/// What the workers of one disk share, and what may change while they run.
+#[derive(Debug)]
+pub struct BlkShared {
+    limits: Limits,
+    num_sectors: AtomicU64,
+    writeback: AtomicBool,
+    flush_failed: AtomicBool,
+    device_id: Vec<u8>,
+}
+
+impl BlkShared {
+    /// `device_id` is cut to the 20 bytes that GET_ID answers.
+    pub fn new(limits: Limits, writeback: bool, device_id: &[u8]) -> Self {
+        Self {
+            limits,
+            num_sectors: AtomicU64::new(limits.num_sectors),
+            writeback: AtomicBool::new(writeback),
+            flush_failed: AtomicBool::new(false),
+            device_id: device_id.to_vec(),
+        }
+    }
+
+    /// The capacity for every request taken from now on, in sectors.
+    pub fn set_num_sectors(&self, num_sectors: u64) {
+        self.num_sectors.store(num_sectors, Ordering::Release);
+    }
+
+    /// False: a write completes only once it is on stable storage.
+    pub fn set_writeback(&self, writeback: bool) {
+        self.writeback.store(writeback, Ordering::Release);
+    }
+
+    /// Whether an fdatasync failed. It is not known then what was lost, so every later FLUSH fails too.
+    pub fn flush_failed(&self) -> bool {
+        self.flush_failed.load(Ordering::Acquire)
+    }
+}
+
+/// A request that storage has.
+#[derive(Debug)]
+struct Slot {
+    ring: u16,
+    head: u16,
+    status: IoVec,
+    kind: RequestType,
+    code: u8,
+    operations: u32,
+    bytes: u64,
+    /// The used length when it succeeds, and when it fails. The status byte comes after the data: it
+    /// only counts when everything before it was written.
+    written: [u32; 2],
+    bounced: bool,
+}
+
+/// Serves the requests of the rings of one worker.
+pub struct BlkServe {
+    shared: Arc<BlkShared>,
+    engine: AnyEngine,
+    events: Arc<Events>,
+    limits: Limits,
+    writeback: bool,
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    spare: Vec<Vec<IoVec>>,
+    ranges: Vec<Range>,
+    done: Vec<Completion>,
+    /// FLUSH requests served by the fdatasync that runs, and those that came after it began. One runs at
+    /// a time: the kernel reports a failed write-back to one caller only, and its neighbour would hear success.
+    flushing: Vec<u32>,
+    flush_next: Vec<u32>,
+    memory_fault: bool,
+}
+
+/// The token of the one fdatasync; slots are numbered from 0.
+const FLUSH_TOKEN: u64 = u64::MAX;
+
+impl BlkServe {
+    /// Made on the worker's own thread, with the engine.
+    pub fn new(shared: Arc<BlkShared>, engine: AnyEngine, events: Arc<Events>) -> Self {
+        Self {
+            limits: shared.limits,
+            writeback: shared.writeback.load(Ordering::Acquire),
+            shared,
+            engine,
+            events,
+            slots: Vec::new(),
+            free: Vec::new(),
+            spare: Vec::new(),
+            ranges: Vec::new(),
+            done: Vec::new(),
+            flushing: Vec::new(),
+            flush_next: Vec::new(),
+            memory_fault: false,
+        }
+    }
+
+    fn open_slot(&mut self, slot: Slot) -> u32 {
+        match self.free.pop() {
+            Some(at) => {
+                self.slots[at as usize] = slot;
+                at
+            }
+            None => {
+                self.slots.push(slot);
+                (self.slots.len() - 1) as u32
+            }
+        }
+    }
+
+    /// Hands one operation over; what ends at once is kept for `settle`.
+    fn submit(&mut self, operation: Operation) {
+        if let Some(completion) = self.engine.submit(operation) {
+            self.done.push(completion);
+        }
+    }
+
+    fn pin(&self, memory: &Arc<GuestMemory>) -> Option<Arc<GuestMemory>> {
+        (!self.engine.inline()).then(|| Arc::clone(memory))
+    }
+
+    /// One `Read` or `Write` over the runs of a stream.
+    fn transfer(&mut self, at: u32, kind: Kind, offset: u64, stream: &mut Vec<IoVec>, memory: &Arc<GuestMemory>) {
+        let runs = std::mem::replace(stream, self.spare.pop().unwrap_or_default());
+        let len = runs.iter().map(|run| run.len() as u64).sum();
+        let durable = kind == Kind::Write && !self.writeback;
+        let pin = self.pin(memory);
+        self.submit(Operation { token: u64::from(at), kind, offset, len, durable, runs, pin });
+    }
+
+    fn change_ranges(&mut self, at: u32) {
+        let ranges = std::mem::take(&mut self.ranges);
+        for range in &ranges {
+            let &Range { offset, len, kind } = range;
+            let durable = !self.writeback;
+            self.submit(Operation { token: u64::from(at), kind, offset, len, durable, runs: Vec::new(), pin: None });
+        }
+        self.ranges = ranges;
+    }
+
+    fn flush(&mut self, at: u32) {
+        self.flush_next.push(at);
+        if self.flushing.is_empty() {
+            self.start_flush();
+        }
+    }
+
+    fn start_flush(&mut self) {
+        std::mem::swap(&mut self.flushing, &mut self.flush_next);
+        let operation = Operation {
+            token: FLUSH_TOKEN,
+            kind: Kind::Flush,
+            offset: 0,
+            len: 0,
+            durable: true,
+            runs: Vec::new(),
+            pin: None,
+        };
+        self.submit(operation);
+    }
+
+    /// Works off what storage has given back; requests whose last operation ended go to `finished`.
+    fn settle(&mut self, finished: &mut Vec<Finished>) {
+        // A finished fdatasync may start the next one, which may end at once: hence the loop.
+        while let Some(completion) = self.done.pop() {
+            let Completion { token, kind, result, runs, bounced } = completion;
+            if result == Err(libc::EFAULT) {
+                self.memory_fault = true;
+            }
+            if token == FLUSH_TOKEN {
+                self.end_flush(result, finished);
+                continue;
+            }
+            if runs.capacity() > 0 {
+                let mut runs = runs;
+                runs.clear();
+                self.spare.push(runs);
+            }
+            let slot = &mut self.slots[token as usize];
+            slot.operations -= 1;
+            slot.bounced |= bounced;
+            if let Err(errno) = result {
+                let code = match (kind, errno) {
+                    (Kind::Discard | Kind::WriteZeroes { .. }, libc::EOPNOTSUPP) => S_UNSUPP,
+                    _ => S_IOERR,
+                };
+                slot.code = slot.code.max(code);
+            }
+            if slot.operations == 0 {
+                self.finish(token as u32, finished);
+            }
+        }
+    }
+
+    fn end_flush(&mut self, result: Result<(), i32>, finished: &mut Vec<Finished>) {
+        if let Err(errno) = result {
+            if !self.shared.flush_failed.swap(true, Ordering::AcqRel) {
+                self.events.push(EventKind::FlushFailed, None, std::io::Error::from_raw_os_error(errno).to_string());
+            }
+        }
+        let code = if self.shared.flush_failed() { S_IOERR } else { S_OK };
+        let mut ended = std::mem::take(&mut self.flushing);
+        for &at in &ended {
+            self.slots[at as usize].code = code;
+            self.finish(at, finished);
+        }
+        ended.clear();
+        self.flushing = ended;
+        if !self.flush_next.is_empty() {
+            self.start_flush();
+        }
+    }
+
+    fn finish(&mut self, at: u32, finished: &mut Vec<Finished>) {
+        let slot = &self.slots[at as usize];
+        let outcome = slot.outcome();
+        finished.push(Finished { ring: slot.ring, head: slot.head, outcome });
+        self.free.push(at);
+    }
+
+    /// Answers at once, without storage.
+    fn answer(status: IoVec, code: u8, kind: RequestType, data: u32, room: u64) -> Begun {
+        status.copy_from(&[code]);
+        let written = if u64::from(data) == room { data + 1 } else { data };
+        Begun::Done(Outcome { written, kind, bytes: 0, failed: code != S_OK, bounced: false })
+    }
+}
+
+impl Slot {
+    /// Writes the status byte.
+    fn outcome(&self) -> Outcome {
+        self.status.copy_from(&[self.code]);
+        let ok = self.code == S_OK;
+        let written = self.written[usize::from(!ok)];
+        Outcome { written, kind: self.kind, bytes: if ok { self.bytes } else { 0 }, failed: !ok, bounced: self.bounced }
+    }
+}
+
+impl Serve for BlkServe {
+    type Engine = AnyEngine;
+
+    fn engine(&mut self) -> &mut AnyEngine {
+        &mut self.engine
+    }
+
+    fn start_batch(&mut self) {
+        self.limits.num_sectors = self.shared.num_sectors.load(Ordering::Acquire);
+        self.writeback = self.shared.writeback.load(Ordering::Acquire);
+    }
+
+    fn begin(&mut self, ring: u16, features: u64, chain: &mut Chain, memory: &Arc<GuestMemory>) -> Begun {
+        let (request, kind, status) = match parse(chain, &self.limits, features, &mut self.ranges) {
+            Parsed::Answerable { request, kind, status } => (request, kind, status),
+            Parsed::Unanswerable => {
+                return Begun::Done(Outcome {
+                    written: 0,
+                    kind: RequestType::Other,
+                    bytes: 0,
+                    failed: true,
+                    bounced: false,
+                })
+            }
+        };
+        let room = chain.writable_len;
+        let (operations, bytes) = match request {
+            Request::Refused(code) => return Self::answer(status, code, kind, 0, room),
+            Request::GetId => {
+                let stored = request::write_id(chain, &self.shared.device_id);
+                return Self::answer(status, S_OK, kind, stored, room);
+            }
+            Request::Flush if self.shared.flush_failed() => return Self::answer(status, S_IOERR, kind, 0, room),
+            Request::In { .. } if room == 0 => return Self::answer(status, S_OK, kind, 0, room),
+            Request::Out { .. } if chain.readable_len == 0 => return Self::answer(status, S_OK, kind, 0, room),
+            Request::Ranges { .. } if self.ranges.is_empty() => return Self::answer(status, S_OK, kind, 0, room),
+            Request::In { .. } => (1, room),
+            Request::Out { .. } => (1, chain.readable_len),
+            Request::Flush => (1, 0),
+            Request::Ranges { .. } => {
+                (self.ranges.len() as u32, self.ranges.iter().map(|range| range.len).sum::<u64>())
+            }
+        };
+        let written = match request {
+            Request::In { .. } => [u32::try_from(room + 1).unwrap_or(u32::MAX), 0],
+            // A FLUSH may come with a data buffer it should not have; that is left alone.
+            _ => [u32::from(room == 0); 2],
+        };
+        let slot =
+            Slot { ring, head: chain.head, status, kind, code: S_OK, operations, bytes, written, bounced: false };
+        let at = self.open_slot(slot);
+        match request {
+            Request::In { offset } => self.transfer(at, Kind::Read, offset, &mut chain.writable, memory),
+            Request::Out { offset } => self.transfer(at, Kind::Write, offset, &mut chain.readable, memory),
+            Request::Ranges { .. } => self.change_ranges(at),
+            _ => self.flush(at),
+        }
+        Begun::Pending
+    }
+
+    fn finish_batch(&mut self, finished: &mut Vec<Finished>) {
+        self.engine.reap(&mut self.done);
+        self.settle(finished);
+    }
+
+    fn pending(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    fn memory_fault(&mut self) -> bool {
+        std::mem::take(&mut self.memory_fault)
+    }
+}

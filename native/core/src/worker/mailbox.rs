@@ -1,0 +1,71 @@
+//! How the owner reaches a worker: a list of commands, and a descriptor that wakes it.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::served::Served;
+use crate::memory::GuestMemory;
+use crate::sys::eventfd::EventFd;
+
+/// Sends one answer. The owner may have stopped waiting; that is no error.
+#[derive(Debug)]
+pub(super) struct Reply<T>(pub(super) SyncSender<T>);
+
+impl<T> Reply<T> {
+    pub(super) fn send(self, value: T) {
+        let _ = self.0.send(value);
+    }
+}
+
+/// What an owner asks of a worker. Rings are named by the worker's own numbers.
+#[derive(Debug)]
+pub(super) enum Command {
+    Start(u16, Box<Served>),
+    Stop(u16, Reply<u16>),
+    Enable(u16, bool, Reply<()>),
+    Kick(u16, Option<OwnedFd>),
+    Call(u16, Option<OwnedFd>),
+    Err(u16, Option<OwnedFd>),
+    Memory(Arc<GuestMemory>, Reply<()>),
+    Exit,
+}
+
+/// One worker's commands.
+#[derive(Debug)]
+pub(super) struct Mailbox {
+    list: Mutex<Vec<Command>>,
+    waiting: AtomicBool,
+    pub(super) wake: EventFd,
+}
+
+impl Mailbox {
+    pub(super) fn new() -> std::io::Result<Self> {
+        Ok(Self { list: Mutex::new(Vec::new()), waiting: AtomicBool::new(false), wake: EventFd::new()? })
+    }
+
+    /// Adds a command and wakes the worker. Commands are carried out in order.
+    pub(super) fn post(&self, command: Command) {
+        self.list.lock().unwrap_or_else(PoisonError::into_inner).push(command);
+        self.waiting.store(true, Ordering::Release);
+        self.wake.signal();
+    }
+
+    /// Wakes the worker without a command.
+    pub(super) fn nudge(&self) {
+        self.wake.signal();
+    }
+
+    /// Whether there are commands: one load, for the worker's loop.
+    #[inline]
+    pub(super) fn has_commands(&self) -> bool {
+        self.waiting.load(Ordering::Acquire)
+    }
+
+    /// Takes all commands.
+    pub(super) fn take(&self) -> Vec<Command> {
+        self.waiting.store(false, Ordering::Release);
+        std::mem::take(&mut *self.list.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}

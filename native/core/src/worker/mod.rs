@@ -1,0 +1,83 @@
+//! Queue workers: threads that own rings and serve them.
+//!
+//! `Queues` is the owner's side: it posts commands to the workers' mailboxes and waits where it has to.
+//! `Worker` is the thread: it takes chains, hands them to its `Serve`, publishes what is done, and sleeps.
+
+mod events;
+mod mailbox;
+mod queues;
+mod run;
+mod served;
+mod stats;
+
+pub use events::{Event, EventKind, Events};
+pub use queues::{Notifiers, QueueError, Queues, Waker};
+pub use stats::{QueueStats, COUNTERS};
+
+use std::sync::Arc;
+
+use crate::blk::RequestType;
+use crate::disk::Engine;
+use crate::memory::GuestMemory;
+use crate::ring::Chain;
+
+/// How a chain ended.
+#[derive(Clone, Copy, Debug)]
+pub struct Outcome {
+    /// The used length.
+    pub written: u32,
+    /// For statistics.
+    pub kind: RequestType,
+    /// Bytes moved or changed, for statistics.
+    pub bytes: u64,
+    /// The driver was told of an error, or could not be told.
+    pub failed: bool,
+    /// Direct I/O demanded a copy.
+    pub bounced: bool,
+}
+
+/// What became of a chain at once.
+#[derive(Clone, Copy, Debug)]
+pub enum Begun {
+    /// It is answered.
+    Done(Outcome),
+    /// It comes back from `finish_batch`.
+    Pending,
+}
+
+/// A chain that ended later.
+#[derive(Clone, Copy, Debug)]
+pub struct Finished {
+    /// The ring, as numbered by the worker.
+    pub ring: u16,
+    /// The chain.
+    pub head: u16,
+    /// How it ended.
+    pub outcome: Outcome,
+}
+
+/// What a device type does with the chains of its rings. Lives on the worker's thread.
+///
+/// Chains point into the memory that the worker holds: it changes it only when nothing is pending.
+pub trait Serve {
+    /// What the worker waits with.
+    type Engine: Engine;
+
+    /// The engine.
+    fn engine(&mut self) -> &mut Self::Engine;
+
+    /// A new pass over the rings begins: what may change between requests is looked at now.
+    fn start_batch(&mut self);
+
+    /// Starts work on a chain. `ring` is the worker's number for it, `features` what its driver negotiated.
+    fn begin(&mut self, ring: u16, features: u64, chain: &mut Chain, memory: &Arc<GuestMemory>) -> Begun;
+
+    /// Appends the chains that ended since.
+    fn finish_batch(&mut self, finished: &mut Vec<Finished>);
+
+    /// Chains begun and not finished.
+    fn pending(&self) -> usize;
+
+    /// True once after a system call met memory that cannot be touched.
+    fn memory_fault(&mut self) -> bool;
+}

@@ -1,0 +1,329 @@
+//! The owner's side of a device's rings: set up, start, stop, change memory.
+
+use std::fmt;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::mpsc::{sync_channel, Receiver};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::mailbox::{Command, Mailbox, Reply};
+use super::run::Worker;
+use super::served::{Kicks, Served};
+use super::{Events, QueueStats, Serve};
+use crate::memory::GuestMemory;
+use crate::ring::{DeviceRing, RingSetup, SetupError};
+use crate::sys::eventfd::{classify, FdKind};
+use crate::sys::thread;
+
+/// Why an owner's call failed.
+#[derive(Debug)]
+pub enum QueueError {
+    /// Refused; nothing was changed.
+    Setup(SetupError),
+    /// Storage did not answer in time. What was asked for still happens when it does.
+    DrainTimeout,
+    /// A worker ended by itself; its rings are dead.
+    WorkerGone,
+}
+
+impl fmt::Display for QueueError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Setup(error) => error.fmt(f),
+            Self::DrainTimeout => f.write_str("storage did not answer within the time limit"),
+            Self::WorkerGone => f.write_str("the queue worker has ended"),
+        }
+    }
+}
+
+impl From<SetupError> for QueueError {
+    fn from(error: SetupError) -> Self {
+        Self::Setup(error)
+    }
+}
+
+fn refuse<T>(why: impl Into<String>) -> Result<T, QueueError> {
+    Err(QueueError::Setup(SetupError::Other(why.into())))
+}
+
+/// A ring's descriptors, all optional.
+#[derive(Debug, Default)]
+pub struct Notifiers {
+    /// The driver's kicks; without it the ring is polled.
+    pub kick: Option<OwnedFd>,
+    /// Our notifications.
+    pub call: Option<OwnedFd>,
+    /// Signalled when the ring breaks.
+    pub err: Option<OwnedFd>,
+}
+
+/// Wakes one worker from any thread.
+#[derive(Clone, Debug)]
+pub struct Waker(Arc<Mailbox>);
+
+impl Waker {
+    /// Makes the worker look at its `Serve`.
+    pub fn wake(&self) {
+        self.0.nudge();
+    }
+}
+
+#[derive(Debug)]
+struct WorkerHandle {
+    mailbox: Arc<Mailbox>,
+    thread: Option<JoinHandle<()>>,
+    ended: Receiver<()>,
+}
+
+/// All rings of one device and the workers that serve them. One thread at a time, the session's.
+#[derive(Debug)]
+pub struct Queues {
+    workers: Vec<WorkerHandle>,
+    started: Vec<bool>,
+    stats: Vec<Arc<QueueStats>>,
+    memory: Arc<GuestMemory>,
+    events: Arc<Events>,
+    closed: bool,
+}
+
+impl Queues {
+    /// Starts the workers; ring `i` is served by worker `i % num_workers`. `make` runs on each worker's own
+    /// thread. An idle worker looks for `poll` before it sleeps.
+    pub fn new<S, F>(
+        num_queues: u16,
+        num_workers: u16,
+        poll: Duration,
+        events: Arc<Events>,
+        make: F,
+    ) -> std::io::Result<Self>
+    where
+        S: Serve + 'static,
+        F: Fn(usize, Waker) -> std::io::Result<S> + Send + Sync + 'static,
+    {
+        let make = Arc::new(make);
+        let mut queues = Self {
+            workers: Vec::new(),
+            started: vec![false; usize::from(num_queues)],
+            stats: (0..num_queues).map(|_| Arc::default()).collect(),
+            memory: Arc::default(),
+            events,
+            closed: false,
+        };
+        for number in 0..usize::from(num_workers.max(1)) {
+            let mailbox = Arc::new(Mailbox::new()?);
+            let (ready, is_ready) = sync_channel(1);
+            let (end, ended) = sync_channel(1);
+            let num_rings = usize::from(num_queues).div_ceil(usize::from(num_workers.max(1)));
+            let (make, inbox, events) = (Arc::clone(&make), Arc::clone(&mailbox), Arc::clone(&queues.events));
+            let thread = thread::spawn(&format!("vhost-queue-{number}"), move || {
+                match make(number, Waker(Arc::clone(&inbox))) {
+                    Ok(serve) => {
+                        let _ = ready.send(Ok(()));
+                        if let Err(error) = Worker::new(serve, num_rings, inbox, Arc::clone(&events), poll).run() {
+                            events.push(super::EventKind::WorkerFailed, None, error.to_string());
+                        }
+                    }
+                    Err(error) => {
+                        let _ = ready.send(Err(error));
+                    }
+                }
+                let _ = end.send(());
+            })?;
+            queues.workers.push(WorkerHandle { mailbox, thread: Some(thread), ended });
+            is_ready.recv().map_err(|_| std::io::Error::other("the queue worker ended while starting"))??;
+        }
+        Ok(queues)
+    }
+
+    /// How many rings there are.
+    pub fn num_queues(&self) -> usize {
+        self.started.len()
+    }
+
+    /// What the workers have to say.
+    pub fn events(&self) -> &Arc<Events> {
+        &self.events
+    }
+
+    /// The counters of each queue.
+    pub fn stats(&self) -> &[Arc<QueueStats>] {
+        &self.stats
+    }
+
+    /// Whether ring `index` was started and not stopped.
+    pub fn is_started(&self, index: u16) -> bool {
+        self.started.get(usize::from(index)).copied().unwrap_or(false)
+    }
+
+    fn place(&self, index: u16) -> Result<(&Mailbox, u16), QueueError> {
+        if self.closed {
+            return refuse("the queues are closed");
+        }
+        if usize::from(index) >= self.started.len() {
+            return refuse(format!("there is no queue {index}; the device has {}", self.started.len()));
+        }
+        let workers = self.workers.len();
+        let worker = &self.workers[usize::from(index) % workers];
+        Ok((&worker.mailbox, (usize::from(index) / workers) as u16))
+    }
+
+    fn started_place(&self, index: u16) -> Result<(&Mailbox, u16), QueueError> {
+        let place = self.place(index)?;
+        if !self.started[usize::from(index)] {
+            return refuse(format!("queue {index} is not started"));
+        }
+        Ok(place)
+    }
+
+    /// Changes the memory under all rings; waits until nothing uses the old one.
+    pub fn set_memory(&mut self, memory: Arc<GuestMemory>, timeout: Duration) -> Result<(), QueueError> {
+        if self.closed {
+            return refuse("the queues are closed");
+        }
+        let deadline = Instant::now() + timeout;
+        let mut waits = Vec::new();
+        for worker in &self.workers {
+            let (sender, receiver) = sync_channel(1);
+            worker.mailbox.post(Command::Memory(Arc::clone(&memory), Reply(sender)));
+            waits.push(receiver);
+        }
+        self.memory = memory;
+        waits.iter().try_for_each(|receiver| wait(receiver, deadline))
+    }
+
+    /// Starts a ring: looked at once at once.
+    pub fn start(
+        &mut self,
+        index: u16,
+        setup: RingSetup,
+        enabled: bool,
+        notifiers: Notifiers,
+    ) -> Result<(), QueueError> {
+        let (mailbox, at) = self.place(index)?;
+        if self.started[usize::from(index)] {
+            return refuse(format!("queue {index} is started already"));
+        }
+        check_notifiers(&notifiers)?;
+        let ring = DeviceRing::new(setup, &self.memory)?;
+        let stats = Arc::clone(&self.stats[usize::from(index)]);
+        let Notifiers { kick, call, err } = notifiers;
+        let served = Served {
+            index,
+            ring,
+            features: setup.features,
+            enabled,
+            broken: false,
+            stopping: None,
+            kick,
+            call,
+            err,
+            kicks: Kicks::Polled,
+            started: stats.restart(setup.size),
+            stats,
+        };
+        mailbox.post(Command::Start(at, Box::new(served)));
+        self.started[usize::from(index)] = true;
+        Ok(())
+    }
+
+    /// Stops a ring and returns its next available index, once every taken chain is used.
+    pub fn stop(&mut self, index: u16, timeout: Duration) -> Result<u16, QueueError> {
+        let (mailbox, at) = self.started_place(index)?;
+        let (sender, receiver) = sync_channel(1);
+        mailbox.post(Command::Stop(at, Reply(sender)));
+        let base = wait(&receiver, Instant::now() + timeout)?;
+        self.started[usize::from(index)] = false;
+        Ok(base)
+    }
+
+    /// Lets a ring run or rest; waits for the worker to have heard it, not for operations.
+    pub fn enable(&mut self, index: u16, enabled: bool) -> Result<(), QueueError> {
+        let (mailbox, at) = self.started_place(index)?;
+        let (sender, receiver) = sync_channel(1);
+        mailbox.post(Command::Enable(at, enabled, Reply(sender)));
+        // The worker never blocks on storage, so it answers soon; the limit is for a worker that is lost.
+        wait(&receiver, Instant::now() + Duration::from_secs(30))
+    }
+
+    /// Replaces a descriptor of a started ring, without waiting.
+    pub fn set_kick(&mut self, index: u16, fd: Option<OwnedFd>) -> Result<(), QueueError> {
+        self.replace(index, fd, Command::Kick)
+    }
+
+    /// Replaces a descriptor of a started ring, without waiting; the new one is signalled once.
+    pub fn set_call(&mut self, index: u16, fd: Option<OwnedFd>) -> Result<(), QueueError> {
+        self.replace(index, fd, Command::Call)
+    }
+
+    /// Replaces a descriptor of a started ring, without waiting.
+    pub fn set_err(&mut self, index: u16, fd: Option<OwnedFd>) -> Result<(), QueueError> {
+        self.replace(index, fd, Command::Err)
+    }
+
+    fn replace(
+        &mut self,
+        index: u16,
+        fd: Option<OwnedFd>,
+        command: fn(u16, Option<OwnedFd>) -> Command,
+    ) -> Result<(), QueueError> {
+        let (mailbox, at) = self.started_place(index)?;
+        if let Some(fd) = &fd {
+            check_notifier(std::os::fd::AsFd::as_fd(fd))?;
+        }
+        mailbox.post(command(at, fd));
+        Ok(())
+    }
+
+    /// Ends the workers once storage has answered. Rings are not stopped in order: nobody waits for their bases.
+    pub fn close(&mut self, timeout: Duration) -> Result<(), QueueError> {
+        self.leave();
+        let deadline = Instant::now() + timeout;
+        for worker in &mut self.workers {
+            if let Some(thread) = worker.thread.take() {
+                if let Err(QueueError::DrainTimeout) = wait(&worker.ended, deadline) {
+                    worker.thread = Some(thread);
+                    return Err(QueueError::DrainTimeout);
+                }
+                let _ = thread.join();
+            }
+        }
+        Ok(())
+    }
+
+    fn leave(&mut self) {
+        if !self.closed {
+            self.closed = true;
+            self.workers.iter().for_each(|worker| worker.mailbox.post(Command::Exit));
+        }
+    }
+}
+
+impl Drop for Queues {
+    fn drop(&mut self) {
+        // The threads end by themselves when storage has answered; they own all they use.
+        self.leave();
+    }
+}
+
+fn wait<T>(receiver: &Receiver<T>, deadline: Instant) -> Result<T, QueueError> {
+    use std::sync::mpsc::RecvTimeoutError::{Disconnected, Timeout};
+    receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())).map_err(|error| match error {
+        Timeout => QueueError::DrainTimeout,
+        Disconnected => QueueError::WorkerGone,
+    })
+}
+
+fn check_notifiers(notifiers: &Notifiers) -> Result<(), QueueError> {
+    let all = [&notifiers.kick, &notifiers.call, &notifiers.err];
+    all.into_iter().flatten().try_for_each(|fd| check_notifier(std::os::fd::AsFd::as_fd(fd)))
+}
+
+/// Only what can be waited for and never makes a worker spin: a file is readable for ever.
+fn check_notifier(fd: BorrowedFd<'_>) -> Result<(), QueueError> {
+    match classify(fd) {
+        Ok(FdKind::EventFd | FdKind::Pipe | FdKind::Socket) => Ok(()),
+        Ok(FdKind::Other) => refuse("a notification descriptor is neither an eventfd, a pipe nor a socket"),
+        Err(error) => refuse(format!("a notification descriptor cannot be used: {error}")),
+    }
+}

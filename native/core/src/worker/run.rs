@@ -1,0 +1,291 @@
+//! The worker's thread.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::mailbox::{Command, Mailbox, Reply};
+use super::served::{Kicks, Served};
+use super::stats::{now_ns, Counter};
+use super::{Begun, EventKind, Events, Finished, Serve};
+use crate::disk::Engine;
+use crate::memory::GuestMemory;
+use crate::ring::{Broken, Chain};
+use crate::sys::sigbus;
+
+/// Chains taken from one ring before the next one has its turn: an endless refill starves nobody.
+const BUDGET: usize = 128;
+/// How often a ring without a kick descriptor is looked at when nothing else happens.
+const POLL_INTERVAL: Duration = Duration::from_micros(100);
+const MAILBOX: u32 = u32::MAX;
+
+/// A thread's state. Everything in it is its own.
+pub(super) struct Worker<S> {
+    serve: S,
+    rings: Vec<Option<Served>>,
+    memory: Arc<GuestMemory>,
+    /// Memory that takes the old one's place once nothing uses that, and who waits for it.
+    next_memory: Option<(Arc<GuestMemory>, Reply<()>)>,
+    mailbox: Arc<Mailbox>,
+    events: Arc<Events>,
+    poll: Duration,
+    poisonings: u64,
+    memory_lost: bool,
+    leaving: bool,
+    chain: Chain,
+    finished: Vec<Finished>,
+    ready: Vec<u32>,
+}
+
+impl<S: Serve> Worker<S> {
+    pub(super) fn new(serve: S, num_rings: usize, mailbox: Arc<Mailbox>, events: Arc<Events>, poll: Duration) -> Self {
+        Self {
+            serve,
+            rings: (0..num_rings).map(|_| None).collect(),
+            memory: Arc::default(),
+            next_memory: None,
+            mailbox,
+            events,
+            poll,
+            poisonings: sigbus::poisonings(),
+            memory_lost: false,
+            leaving: false,
+            chain: Chain::default(),
+            finished: Vec::new(),
+            ready: Vec::new(),
+        }
+    }
+
+    /// Runs until `Command::Exit` and until storage has answered everything.
+    pub(super) fn run(mut self) -> std::io::Result<()> {
+        use std::os::fd::AsRawFd;
+        let wake = self.mailbox.wake.as_raw_fd();
+        self.serve.engine().watch(wake, MAILBOX)?;
+        let mut busy_until = None;
+        loop {
+            if self.mailbox.has_commands() {
+                self.carry_out();
+            }
+            let busy = self.pass()?;
+            self.settle();
+            if self.leaving && self.serve.pending() == 0 {
+                return Ok(());
+            }
+            if busy {
+                busy_until = None;
+                continue;
+            }
+            if !self.poll.is_zero() {
+                let until = *busy_until.get_or_insert_with(|| Instant::now() + self.poll);
+                if Instant::now() < until {
+                    std::hint::spin_loop();
+                    continue;
+                }
+            }
+            if self.enable_kicks() {
+                continue;
+            }
+            self.sleep()?;
+            busy_until = None;
+        }
+    }
+
+    /// Takes what the drivers made available, works off what storage has done. True when there was anything.
+    fn pass(&mut self) -> std::io::Result<bool> {
+        let mut busy = false;
+        self.serve.start_batch();
+        if self.next_memory.is_none() && !self.leaving {
+            for at in 0..self.rings.len() {
+                busy |= self.take_from(at);
+            }
+        }
+        self.serve.engine().kick()?;
+        self.serve.finish_batch(&mut self.finished);
+        busy |= !self.finished.is_empty();
+        for finished in self.finished.drain(..) {
+            if let Some(served) = &mut self.rings[usize::from(finished.ring)] {
+                served.give_back(finished.head, &finished.outcome, &self.events);
+            }
+        }
+        if busy {
+            for served in self.rings.iter_mut().flatten() {
+                served.publish(&self.events);
+            }
+        }
+        let poisonings = sigbus::poisonings();
+        if poisonings != self.poisonings || self.serve.memory_fault() {
+            self.poisonings = poisonings;
+            self.check_memory();
+        }
+        Ok(busy)
+    }
+
+    fn take_from(&mut self, at: usize) -> bool {
+        let Some(served) = &mut self.rings[at] else { return false };
+        if !served.runs() {
+            return false;
+        }
+        let mut now = 0;
+        for taken in 0..BUDGET {
+            match served.ring.take(&self.memory, &mut self.chain) {
+                Ok(false) => return taken > 0,
+                Err(broken) => {
+                    served.break_ring(broken, &self.events);
+                    return true;
+                }
+                Ok(true) => {}
+            }
+            if taken == 0 {
+                now = now_ns();
+                if let Err(broken) = served.ring.suppress_kicks() {
+                    served.break_ring(broken, &self.events);
+                }
+            }
+            let head = self.chain.head;
+            match self.serve.begin(at as u16, served.features, &mut self.chain, &self.memory) {
+                Begun::Done(outcome) => served.give_back(head, &outcome, &self.events),
+                Begun::Pending => served.taken(head, now),
+            }
+        }
+        true
+    }
+
+    /// A peer took memory away: its rings hold zeroes now. None is served until it is set up anew.
+    fn check_memory(&mut self) {
+        if self.memory_lost || !self.memory.check() {
+            return;
+        }
+        self.memory_lost = true;
+        for served in self.rings.iter_mut().flatten() {
+            served.break_ring(Broken::Memory, &self.events);
+        }
+        self.events.push(EventKind::MemoryLost, None, "the front-end truncated a file of its memory".into());
+    }
+
+    fn carry_out(&mut self) {
+        for command in self.mailbox.take() {
+            match command {
+                Command::Start(at, served) => {
+                    served.stats.set(Counter::Broken, 0);
+                    self.rings[usize::from(at)] = Some(*served);
+                    self.watch(at);
+                }
+                Command::Stop(at, reply) => {
+                    if let Some(served) = &mut self.rings[usize::from(at)] {
+                        served.stopping = Some(reply);
+                    }
+                }
+                Command::Enable(at, enabled, reply) => {
+                    if let Some(served) = &mut self.rings[usize::from(at)] {
+                        served.enabled = enabled;
+                    }
+                    reply.send(());
+                }
+                Command::Kick(at, kick) => {
+                    self.unwatch(at);
+                    if let Some(served) = &mut self.rings[usize::from(at)] {
+                        served.kick = kick;
+                    }
+                    self.watch(at);
+                }
+                Command::Call(at, call) => {
+                    if let Some(served) = &mut self.rings[usize::from(at)] {
+                        served.call = call;
+                        // What the old descriptor was told may not have arrived.
+                        served.notify();
+                    }
+                }
+                Command::Err(at, err) => {
+                    if let Some(served) = &mut self.rings[usize::from(at)] {
+                        served.err = err;
+                    }
+                }
+                Command::Memory(memory, reply) => self.next_memory = Some((memory, reply)),
+                Command::Exit => self.leaving = true,
+            }
+        }
+    }
+
+    /// Answers who waits for operations to end: a stopping ring, a change of memory.
+    fn settle(&mut self) {
+        for at in 0..self.rings.len() {
+            let drained = self.rings[at].as_ref().is_some_and(|s| s.stopping.is_some() && s.ring.in_flight() == 0);
+            if drained {
+                self.unwatch(at as u16);
+                if let Some(mut served) = self.rings[at].take() {
+                    // The driver kicks whoever comes next.
+                    let _ = served.ring.enable_kicks();
+                    if let Some(reply) = served.stopping.take() {
+                        reply.send(served.ring.base());
+                    }
+                }
+            }
+        }
+        if self.next_memory.is_some() && self.serve.pending() == 0 {
+            let Some((memory, reply)) = self.next_memory.take() else { return };
+            self.memory = memory;
+            self.memory_lost = false;
+            for served in self.rings.iter_mut().flatten() {
+                if served.ring.relocate(&self.memory).is_err() {
+                    served.break_ring(Broken::Memory, &self.events);
+                }
+            }
+            reply.send(());
+        }
+    }
+
+    /// Asks for kicks and looks once more; true when something came.
+    fn enable_kicks(&mut self) -> bool {
+        if self.next_memory.is_some() {
+            return false;
+        }
+        let mut more = false;
+        for served in self.rings.iter_mut().flatten() {
+            if served.runs() {
+                match served.ring.enable_kicks() {
+                    Ok(available) => more |= available,
+                    Err(broken) => {
+                        served.break_ring(broken, &self.events);
+                        more = true;
+                    }
+                }
+            }
+        }
+        more
+    }
+
+    fn sleep(&mut self) -> std::io::Result<()> {
+        let timeout = self.rings.iter().flatten().any(Served::polled).then_some(POLL_INTERVAL);
+        self.ready.clear();
+        self.serve.engine().wait(timeout, &mut self.ready)?;
+        for &token in &self.ready {
+            if token == MAILBOX {
+                self.mailbox.wake.drain();
+            } else if let Some(served) = &mut self.rings[token as usize] {
+                if !served.drain_kick() {
+                    self.serve.engine().unwatch(token);
+                    served.kicks = Kicks::Silent;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn watch(&mut self, at: u16) {
+        if let Some(served) = &mut self.rings[usize::from(at)] {
+            if let Some(kick) = served.kick_fd() {
+                // What cannot be watched is polled.
+                if self.serve.engine().watch(kick, u32::from(at)).is_ok() {
+                    served.kicks = Kicks::Watched;
+                }
+            }
+        }
+    }
+
+    fn unwatch(&mut self, at: u16) {
+        if let Some(served) = &mut self.rings[usize::from(at)] {
+            if std::mem::replace(&mut served.kicks, Kicks::Polled) == Kicks::Watched {
+                self.serve.engine().unwatch(u32::from(at));
+            }
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! A ring on its worker: the device half, its descriptors, its state.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+
+use super::mailbox::Reply;
+use super::stats::{Counter, QueueStats};
+use super::{EventKind, Events, Outcome};
+use crate::ring::{Broken, DeviceRing};
+use crate::sys::eventfd;
+
+/// How a worker learns of new chains.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kicks {
+    /// It looks from time to time: there is no descriptor, or none that can be waited for.
+    Polled,
+    /// The descriptor is watched.
+    Watched,
+    /// The descriptor's other end is closed: the ring rests until it gets another one.
+    Silent,
+}
+
+/// A started ring.
+#[derive(Debug)]
+pub(super) struct Served {
+    /// The device's number for it.
+    pub(super) index: u16,
+    pub(super) ring: DeviceRing,
+    pub(super) features: u64,
+    pub(super) enabled: bool,
+    pub(super) broken: bool,
+    /// Set while GET_VRING_BASE waits for the last chain.
+    pub(super) stopping: Option<Reply<u16>>,
+    pub(super) kick: Option<OwnedFd>,
+    pub(super) call: Option<OwnedFd>,
+    pub(super) err: Option<OwnedFd>,
+    pub(super) kicks: Kicks,
+    pub(super) stats: Arc<QueueStats>,
+    pub(super) started: Arc<[AtomicU64]>,
+}
+
+impl Served {
+    /// Whether chains are taken from it.
+    #[inline]
+    pub(super) fn runs(&self) -> bool {
+        self.enabled && !self.broken && self.stopping.is_none()
+    }
+
+    /// Whether it must be looked at without being told.
+    pub(super) fn polled(&self) -> bool {
+        self.runs() && self.kicks == Kicks::Polled
+    }
+
+    /// Notes that a chain was taken.
+    #[inline]
+    pub(super) fn taken(&self, head: u16, now_ns: u64) {
+        if let Some(at) = self.started.get(usize::from(head)) {
+            at.store(now_ns, Ordering::Relaxed);
+        }
+        self.stats.set(Counter::InFlight, u64::from(self.ring.in_flight()));
+    }
+
+    /// Writes the used entry of a chain; `publish` makes it visible.
+    #[inline]
+    pub(super) fn give_back(&mut self, head: u16, outcome: &Outcome, events: &Events) {
+        self.stats.ended(outcome);
+        if let Some(at) = self.started.get(usize::from(head)) {
+            at.store(0, Ordering::Relaxed);
+        }
+        if let Err(broken) = self.ring.push(head, outcome.written) {
+            self.break_ring(broken, events);
+        }
+        self.stats.set(Counter::InFlight, u64::from(self.ring.in_flight()));
+    }
+
+    /// Makes what was given back visible and notifies the driver if it wants to be.
+    #[inline]
+    pub(super) fn publish(&mut self, events: &Events) {
+        let before = self.ring.published();
+        match self.ring.publish() {
+            Ok(true) => self.notify(),
+            Ok(false) if self.ring.published() != before => self.stats.add(Counter::NotificationsSuppressed, 1),
+            Ok(false) => {}
+            Err(broken) => self.break_ring(broken, events),
+        }
+    }
+
+    /// Signals the call descriptor.
+    pub(super) fn notify(&self) {
+        let Some(call) = &self.call else { return };
+        // A full descriptor has been signalled already; a closed pipe has nobody behind it.
+        let _ = eventfd::signal(call.as_fd());
+        self.stats.add(Counter::NotificationsSent, 1);
+    }
+
+    /// Stops serving the ring and says so.
+    pub(super) fn break_ring(&mut self, broken: Broken, events: &Events) {
+        if self.broken {
+            return;
+        }
+        self.broken = true;
+        self.stats.set(Counter::Broken, 1);
+        if let Some(err) = &self.err {
+            let _ = eventfd::signal(err.as_fd());
+        }
+        events.push(EventKind::RingBroken, Some(self.index), broken.to_string());
+    }
+
+    /// Empties the kick descriptor; false when it will never be readable again in a useful way.
+    pub(super) fn drain_kick(&self) -> bool {
+        let Some(kick) = &self.kick else { return true };
+        self.stats.add(Counter::Kicks, 1);
+        match eventfd::drain(kick.as_fd()) {
+            Ok(true) => true,
+            // Readable without a byte: the other end of a pipe is closed. An eventfd somebody else emptied is fine.
+            Ok(false) => !matches!(eventfd::classify(kick.as_fd()), Ok(kind) if kind != eventfd::FdKind::EventFd),
+            Err(_) => false,
+        }
+    }
+
+    pub(super) fn kick_fd(&self) -> Option<libc::c_int> {
+        self.kick.as_ref().map(AsRawFd::as_raw_fd)
+    }
+}
