@@ -1,0 +1,135 @@
+"""A virtio device of any type, as the session sees it. Touches nothing itself."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from enum import Enum
+from typing import TYPE_CHECKING, ClassVar, Final
+
+from vhostuser.errors import ConfigRefused
+from vhostuser.protocol import ProtocolFeature
+
+if TYPE_CHECKING:
+    from vhostuser._native import QueueSet
+
+PROTOCOL_FEATURES: Final = (
+    ProtocolFeature.MQ
+    | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.BACKEND_REQ
+    | ProtocolFeature.CONFIG
+    | ProtocolFeature.BACKEND_SEND_FD
+    | ProtocolFeature.RESET_DEVICE
+    | ProtocolFeature.CONFIGURE_MEM_SLOTS
+    | ProtocolFeature.STATUS
+)
+"""What the session carries out for every device."""
+
+MAX_QUEUES: Final = 256
+"""A ring is named by one byte in SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR."""
+
+MAX_QUEUE_SIZE: Final = 32768
+"""The largest ring of the virtio specification."""
+
+
+class ConfigNotice(Enum):
+    """What became of the news that the configuration changed. The value is a sentence for a person."""
+
+    SENT = "the guest is told"
+    DEFERRED = "the guest is told when it next uses the device"
+    NO_CHANNEL = "the guest was not told: its hypervisor opened no channel for it; it sees the change after a restart"
+    NOT_CONNECTED = "no guest is connected; the next one sees the change"
+
+
+Announce = Callable[[], ConfigNotice]
+
+
+class Device(ABC):
+    """What a device type adds to the session: features, configuration, and the queues that do its work.
+
+    All methods but those marked run on the thread of the one session that uses the device. A device outlives its
+    sessions; between two of them `reset` is called.
+    """
+
+    device_id: ClassVar[int]
+    """The virtio device type."""
+
+    protocol_features: ProtocolFeature = PROTOCOL_FEATURES
+    """Offered to front-ends; never more than `PROTOCOL_FEATURES`."""
+
+    max_queue_size: int = MAX_QUEUE_SIZE
+    """The largest ring it serves, in entries."""
+
+    def __init__(self) -> None:
+        self._news = threading.Lock()
+        self._announce: Announce | None = None
+        self._generation = 0
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What a person calls this device, for messages."""
+
+    @property
+    @abstractmethod
+    def features(self) -> int:
+        """The virtio feature bits offered, the same at any time. The session adds VHOST_USER_F_PROTOCOL_FEATURES."""
+
+    @property
+    @abstractmethod
+    def queues(self) -> QueueSet:
+        """The native queues that serve the rings, the same ones at any time. Owned by the device."""
+
+    @property
+    def num_queues(self) -> int:
+        """How many rings it has, 1 to 256."""
+        return self.queues.num_queues
+
+    def read_config(self, offset: int, size: int) -> bytes:
+        """The configuration space from ``offset`` on; what lies beyond its end reads as zeroes."""
+        return bytes(size)
+
+    def write_config(self, offset: int, data: bytes, flags: int) -> None:
+        """Carry out a write of the driver to the configuration space.
+
+        ``flags`` as in SET_CONFIG: peers disagree about their meaning. Raises `ConfigRefused`; nothing is changed then.
+        """
+        raise ConfigRefused(f"a driver may not write {len(data)} bytes at {offset} of the configuration")
+
+    def features_acked(self, features: int) -> None:  # noqa: B027  a device may have nothing to do
+        """The driver chose these of the offered virtio features; may come again, also while rings run.
+
+        Raises `SetupError` for a choice that the device cannot work with.
+        """
+
+    def status_changed(self, status: int) -> None:  # noqa: B027
+        """The driver set the virtio device status to ``status``, which is not 0."""
+
+    def reset(self) -> None:  # noqa: B027
+        """Return to the initial state: the driver reset the device, or its connection ended. All rings are stopped."""
+
+    def close(self) -> None:
+        """End the queues and give back what the device holds. Idempotent. Any thread, once no session uses it."""
+        self.queues.close()
+
+    @property
+    def connected(self) -> bool:
+        """Whether a front-end uses the device now. Any thread."""
+        return self._announce is not None
+
+    @property
+    def config_generation(self) -> int:
+        """Counts the changes of the configuration that the driver did not make itself. Any thread."""
+        return self._generation
+
+    def config_changed(self) -> ConfigNotice:
+        """Let the driver know that the configuration is another one now. Any thread; does not wait."""
+        with self._news:
+            self._generation += 1
+            return self._announce() if self._announce is not None else ConfigNotice.NOT_CONNECTED
+
+    def attach(self, announce: Announce | None) -> None:
+        """Set how news reach the driver; None when nobody is connected. Called by the session."""
+        with self._news:
+            self._announce = announce

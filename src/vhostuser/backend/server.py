@@ -1,0 +1,209 @@
+"""Serves one device to one front-end after another. Touches the listening socket and the connections it accepts."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import selectors
+import threading
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self
+
+from vhostuser.backend.session import MAX_MEM_SLOTS, Session
+from vhostuser.errors import VhostUserError
+from vhostuser.fds import Fd
+from vhostuser.transport import Listener
+
+if TYPE_CHECKING:
+    from vhostuser.backend.device import Device
+    from vhostuser.transport import Transport
+
+FDS_PER_REGION: Final = 3
+"""One received, one duplicated for the mapping, and those of the table that is being replaced."""
+FDS_PER_RING: Final = 6
+"""Kick, call and err, here and in the native queues."""
+SPARE_FDS: Final = 128
+
+log = logging.getLogger(__name__)
+
+
+class Server:
+    """Listens, and runs one `Session` at a time on a thread of its own.
+
+    While a front-end is connected a second one is refused at once. While the storage of one that has left still
+    works, the next one waits for it, at most ``drain_timeout_s``. An error in a session never ends the server.
+    """
+
+    def __init__(
+        self, device: Device, endpoint: Listener | Transport, *, drain_timeout_s: float = 30.0, once: bool = False
+    ) -> None:
+        """Takes ``endpoint``: a listener, or one connection that somebody else has accepted, which is served alone.
+
+        ``once``: end when the first front-end has left. The device stays the caller's.
+        """
+        self._device = device
+        self._endpoint = endpoint
+        self._listener = endpoint if isinstance(endpoint, Listener) else None
+        self._once = once or self._listener is None
+        self._drain_timeout_s = drain_timeout_s
+        self._wake = Fd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))  # until we are forgotten: `stop` may come late
+        self._stopping = threading.Event()
+        self._session: Session | None = None
+        self._session_thread: threading.Thread | None = None
+        self._session_over = threading.Event()
+        self._waiting: Transport | None = None
+        self._waiting_until = 0.0
+        self._served = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def connected(self) -> bool:
+        """Whether a front-end is connected. Any thread."""
+        session = self._session
+        return session is not None and session.open
+
+    def run(self) -> None:
+        """Serve until `stop` is called, or the only front-end has left; then return once its storage is at rest.
+
+        Runs on the caller's thread. Raises `VhostUserError` or `OSError` when listening itself fails.
+        """
+        raise_fd_limit(self._device.num_queues)
+        with selectors.DefaultSelector() as selector:
+            try:
+                selector.register(self._wake, selectors.EVENT_READ)
+                if isinstance(self._endpoint, Listener):
+                    selector.register(self._endpoint, selectors.EVENT_READ)
+                else:
+                    self._begin(self._endpoint)
+                while not self._stopping.is_set() and not (self._once and self._served and self._session is None):
+                    for key, _ in selector.select(self._patience()):
+                        if key.fileobj is self._wake:
+                            os.eventfd_read(self._wake.fileno())
+                        elif self._listener is not None:
+                            self._accept(self._listener)
+                    self._look_after()
+            finally:
+                self._end()
+
+    def start(self) -> None:
+        """Call `run` on a thread of its own, and return."""
+        self._thread = threading.Thread(target=self._run_logged, name=f"server {self._device.name}")
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ask the server to end: requests in flight complete, then the connection is closed and the socket is removed.
+
+        Does not wait. From any thread and from a signal handler.
+        """
+        self._stopping.set()
+        os.eventfd_write(self._wake.fileno(), 1)
+
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Wait for the thread of `start`; False when it still runs after ``timeout_s``."""
+        if self._thread is None:
+            return True
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        self.join()
+
+    def _run_logged(self) -> None:
+        try:
+            self.run()
+        except (VhostUserError, OSError) as error:
+            log.error("%s: the server ended: %s", self._device.name, error)
+
+    def _accept(self, listener: Listener) -> None:
+        try:
+            transport = listener.accept()
+        except OSError as error:  # one connection less, and one reason more to go on
+            log.error("%s: a connection could not be accepted: %s", self._device.name, error)
+            return
+        if self._session is None:
+            self._begin(transport)
+        elif self._session.peer_left() and self._waiting is None:
+            log.info("%s: a front-end waits until the storage of the one before is at rest", self._device.name)
+            self._waiting = transport
+            self._waiting_until = time.monotonic() + self._drain_timeout_s
+        else:
+            self._refuse(transport, "another one is connected")
+
+    def _refuse(self, transport: Transport, reason: str) -> None:
+        log.warning("%s: a front-end was refused: %s", self._device.name, reason)
+        transport.close()
+
+    def _begin(self, transport: Transport) -> None:
+        log.info("%s: a front-end connected", self._device.name)
+        self._served = True
+        try:
+            session = Session(self._device, transport, drain_timeout_s=self._drain_timeout_s)
+        except (VhostUserError, OSError) as error:
+            self._refuse(transport, str(error))
+            return
+        self._session = session
+        self._session_over.clear()
+        self._session_thread = threading.Thread(
+            target=self._run_session, args=(session,), name=f"session {self._device.name}"
+        )
+        self._session_thread.start()
+
+    def _run_session(self, session: Session) -> None:
+        try:
+            session.run()
+        except Exception:
+            log.exception("%s: the session ended badly", self._device.name)
+        finally:
+            self._session_over.set()
+            os.eventfd_write(self._wake.fileno(), 1)
+
+    def _look_after(self) -> None:
+        """See whether the session has ended, and whether the one who waits may begin or has waited enough."""
+        if self._session_thread is not None and self._session_over.is_set():
+            self._session_thread.join()
+            self._session_thread = self._session = None
+        if self._waiting is None:
+            return
+        if self._session is None:
+            waiting, self._waiting = self._waiting, None
+            self._begin(waiting)
+        elif time.monotonic() >= self._waiting_until:
+            waiting, self._waiting = self._waiting, None
+            self._refuse(waiting, f"storage has not come to rest for {self._drain_timeout_s:.0f} s")
+
+    def _patience(self) -> float | None:
+        return None if self._waiting is None else max(0.0, self._waiting_until - time.monotonic())
+
+    def _end(self) -> None:
+        if self._session is not None:
+            self._session.stop()
+        if self._waiting is not None:
+            self._refuse(self._waiting, "the server ends")
+        self._endpoint.close()
+        if self._session_thread is not None:
+            self._session_thread.join()
+            self._session_thread = self._session = None
+
+
+def raise_fd_limit(num_queues: int) -> None:
+    """Raise the soft limit of open descriptors to what one session may need, as far as the hard limit allows.
+
+    A front-end sends up to 509 regions and three descriptors per ring.
+    """
+    open_now = len(os.listdir("/proc/self/fd"))
+    needed = open_now + FDS_PER_REGION * MAX_MEM_SLOTS + FDS_PER_RING * num_queues + SPARE_FDS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        if wanted < needed:
+            log.warning("only %d descriptors may be open: front-ends with much memory may be refused", wanted)

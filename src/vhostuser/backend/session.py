@@ -1,0 +1,388 @@
+"""One connection of one front-end to one device. Touches the connection, the back-end channel and the native queues.
+
+A session runs on one thread and finishes each message before it reads the next. Each message is one call on the rings
+or the device, and an answer.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import selectors
+import threading
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from vhostuser._native import GuestMemory
+from vhostuser.backend.channel import Channel
+from vhostuser.backend.device import ConfigNotice, Device
+from vhostuser.backend.hints import SHARE_HINT, SharingCheck
+from vhostuser.backend.vrings import Vrings
+from vhostuser.errors import (
+    ConfigRefused,
+    DrainTimeout,
+    GuestMemoryError,
+    PeerGone,
+    RemoteProtocolError,
+    SetupError,
+    VhostUserError,
+)
+from vhostuser.protocol import (
+    F_PROTOCOL_FEATURES,
+    U64,
+    Config,
+    Connection,
+    FrontendRequest,
+    MemoryRegion,
+    MemoryTable,
+    Message,
+    Payload,
+    Refused,
+    Role,
+    SingleRegion,
+    VringAddr,
+    VringFd,
+    VringState,
+    describe,
+)
+from vhostuser.protocol.messages import name_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vhostuser.fds import Fd
+    from vhostuser.transport import Transport
+
+Req = FrontendRequest
+
+MAX_MEM_SLOTS = 509
+"""As many regions as vhost in the kernel offers; QEMU takes up to 512 and the number may never shrink."""
+
+REFUSALS = (SetupError, GuestMemoryError, ConfigRefused, DrainTimeout, OSError)
+"""What makes us refuse a message; the state is as before it."""
+
+log = logging.getLogger(__name__)
+
+
+class SessionOver(VhostUserError):  # noqa: N818  not a failure by itself
+    """The connection has to end; the text says why."""
+
+
+class Session:
+    """Serves one front-end until it leaves, breaks the protocol, or `stop` is called."""
+
+    def __init__(self, device: Device, transport: Transport, *, drain_timeout_s: float = 30.0) -> None:
+        """Takes ``transport``. ``drain_timeout_s`` bounds every wait for storage that a message makes necessary."""
+        self._device = device
+        self._transport = transport
+        self._drain_timeout_s = drain_timeout_s
+        self._connection: Connection[Fd] = Connection(Role.BACKEND)
+        self._rings = Vrings(
+            device.queues, name=device.name, max_size=device.max_queue_size, drain_timeout_s=drain_timeout_s
+        )
+        self._sharing = SharingCheck()
+        self._selector = selectors.DefaultSelector()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._mailbox = threading.Lock()
+        self._stopping = False
+        self._channel: Channel | None = None
+        self._served_generation: int | None = None
+        self._status = 0
+        self._open = True
+
+    @property
+    def open(self) -> bool:
+        """Whether the connection is still there: False once the peer has gone or the session ended it. Any thread."""
+        return self._open
+
+    def stop(self) -> None:
+        """Ask the session to end: what was taken completes, then it hangs up. Any thread; does not wait."""
+        with self._mailbox:
+            self._stopping = True
+            self._notify()
+
+    def peer_left(self) -> bool:
+        """Whether the peer has closed its end, even if the session is too busy to have seen it. Any thread."""
+        with self._mailbox:
+            return not self._open or _hung_up(self._transport.fileno())
+
+    def run(self) -> None:
+        """Serve until the end, and return once every ring is stopped and everything is given back.
+
+        Whatever the peer does ends in a log line here and in no exception.
+        """
+        device = self._device
+        device.attach(self._announce)
+        try:
+            self._serve()
+            log.info("%s: the front-end has left", device.name)
+        except (SessionOver, RemoteProtocolError, PeerGone) as error:
+            log.error("%s: the connection ended: %s", device.name, error)
+        except Exception:
+            log.exception("%s: the connection ended: an error of our own", device.name)
+        finally:
+            self._end()
+
+    def _serve(self) -> None:
+        watch = self._selector.register
+        watch(self._transport, selectors.EVENT_READ, self._receive)
+        watch(self._device.queues.events_fd, selectors.EVENT_READ, self._take_events)
+        watch(self._wake, selectors.EVENT_READ, self._take_mail)
+        while not self._connection.closed and not self._stopping:
+            for key, _ in self._selector.select():
+                handle: Callable[[], None] = key.data
+                handle()
+
+    def _receive(self) -> None:
+        data, fds = self._transport.receive(self._connection.want)
+        self._connection.receive(data, fds)
+        while True:
+            try:
+                event = self._connection.next_event()
+            finally:
+                unwanted = self._connection.refused_fds()
+                for fd in unwanted:
+                    fd.close()
+            match event:
+                case Message():
+                    self._answer(event)
+                case Refused(request, _, reason):
+                    bare = request in (Req.SET_MEM_TABLE, Req.ADD_MEM_REG) and not unwanted
+                    self._refuse(event, f"{reason}. {SHARE_HINT}" if bare else reason)
+                case _:
+                    return
+
+    def _answer(self, message: Message[Fd]) -> None:
+        log.debug("%s: %s", self._device.name, describe(message))
+        try:
+            reply = self._carry_out(message)
+        except REFUSALS as error:
+            self._refuse(message, str(error))
+        else:
+            if reply is not None:
+                self._transport.send(*self._connection.answer(message, reply))
+            elif (ack := self._connection.acknowledge(message)) is not None:
+                self._transport.send(*ack)
+        finally:
+            for fd in message.fds:
+                fd.close()
+        self._sharing.look(self._device.name, self._rings)
+        self._tell_config()
+
+    def _refuse(self, event: Message[Fd] | Refused, reason: str) -> None:
+        reason = f"{name_of(event.request)} is refused: {reason}"
+        nack = self._connection.acknowledge(event, 1)
+        if nack is None:
+            raise SessionOver(reason)
+        log.warning("%s: %s", self._device.name, reason)
+        self._transport.send(*nack)
+
+    def _carry_out(self, message: Message[Fd]) -> Payload | None:
+        """Do what ``message`` says and return its own reply, or None where an acknowledgement is all there is."""
+        device, rings = self._device, self._rings
+        match message:
+            case Message(Req.GET_FEATURES):
+                return U64(device.features | F_PROTOCOL_FEATURES)
+            case Message(Req.SET_FEATURES, U64(features)):
+                device.features_acked(features & ~F_PROTOCOL_FEATURES)
+                rings.set_features(features)
+            case Message(Req.GET_PROTOCOL_FEATURES):
+                return U64(device.protocol_features)
+            case Message(Req.SET_PROTOCOL_FEATURES | Req.SET_OWNER):
+                pass  # the connection keeps the features; an owner is one whoever it is
+            case Message(Req.RESET_OWNER):
+                log.info("%s: RESET_OWNER does nothing, as the specification advises", device.name)
+            case Message(Req.GET_QUEUE_NUM):
+                return U64(device.num_queues)
+            case Message(Req.SET_MEM_TABLE, MemoryTable(regions), fds):
+                rings.set_memory(GuestMemory([_region(*pair) for pair in zip(regions, fds, strict=True)]))
+                self._sharing.replace(regions, fds)
+            case Message(Req.GET_MAX_MEM_SLOTS):
+                return U64(MAX_MEM_SLOTS)
+            case Message(Req.ADD_MEM_REG, SingleRegion(region), (fd,)):
+                if len(rings.memory.regions) >= MAX_MEM_SLOTS:
+                    raise GuestMemoryError(f"there are {MAX_MEM_SLOTS} regions already")
+                rings.set_memory(rings.memory.add(_region(region, fd)))
+                self._sharing.add(region, fd)
+            case Message(Req.REM_MEM_REG, SingleRegion(region)):
+                rings.set_memory(rings.memory.remove(region.guest_addr, region.size, region.user_addr))
+            case Message(Req.SET_VRING_NUM, VringState(index, num)):
+                rings.set_num(index, num)
+            case Message(Req.SET_VRING_BASE, VringState(index, num)):
+                rings.set_base(index, num)
+            case Message(Req.SET_VRING_ADDR, VringAddr(index) as addr):
+                rings.set_addr(index, addr)
+            case Message(Req.SET_VRING_KICK, VringFd() as ring, fds):
+                rings.set_kick(ring.index, fds[0] if fds else None)
+            case Message(Req.SET_VRING_CALL, VringFd() as ring, fds):
+                rings.set_call(ring.index, fds[0] if fds else None)
+            case Message(Req.SET_VRING_ERR, VringFd() as ring, fds):
+                rings.set_err(ring.index, fds[0] if fds else None)
+            case Message(Req.SET_VRING_ENABLE, VringState(index, num)):
+                rings.set_enable(index, bool(num))
+            case Message(Req.GET_VRING_BASE, VringState(index)):
+                return VringState(index, rings.get_base(index))
+            case Message(Req.SET_BACKEND_REQ_FD, _, (fd,)):
+                self._open_channel(fd.duplicate())
+            case Message(Req.GET_CONFIG, Config(offset, size, flags)):
+                self._served_generation = device.config_generation
+                return Config(offset, size, flags, device.read_config(offset, size).ljust(size, b"\0"))
+            case Message(Req.SET_CONFIG, Config(offset, _, flags, data)):
+                device.write_config(offset, data, flags)
+            case Message(Req.RESET_DEVICE):
+                self._reset()
+            case Message(Req.GET_STATUS):
+                return U64(self._status)
+            case Message(Req.SET_STATUS, U64(status)):
+                self._set_status(status)
+            case Message(FrontendRequest()):
+                raise SetupError("this device does not do that")
+            case _:
+                self._ignore(message)
+        return None
+
+    def _ignore(self, message: Message[Fd]) -> None:
+        """A request that is in no specification we know: the peer is told when it asked, and may go on in any case."""
+        log.warning("%s: %s is not known and was ignored", self._device.name, name_of(message.request))
+        nack = self._connection.acknowledge(message, 1)
+        if nack is not None:
+            self._transport.send(*nack)
+
+    def _set_status(self, status: int) -> None:
+        if status == 0:
+            self._reset()
+            self._rings.features &= F_PROTOCOL_FEATURES  # virtio's are negotiated anew after a reset
+        else:
+            self._device.status_changed(status)
+        self._status = status
+
+    def _reset(self) -> None:
+        self._rings.reset()
+        self._device.reset()
+        self._status = 0
+
+    def _take_events(self) -> None:
+        for event in self._device.queues.take_events():
+            match event.kind:
+                case "ring_broken":
+                    log.error("%s: ring %s is broken: %s", self._device.name, event.index, event.reason)
+                case "memory_lost":
+                    raise SessionOver(f"guest memory was lost: {event.reason}")
+                case _:
+                    log.error("%s: %s: %s", self._device.name, event.kind.replace("_", " "), event.reason)
+
+    def _take_mail(self) -> None:
+        os.eventfd_read(self._wake)
+        self._tell_config()
+
+    def _notify(self) -> None:
+        if self._wake >= 0:
+            os.eventfd_write(self._wake, 1)
+
+    def _announce(self) -> ConfigNotice:
+        """The device's way to say that its configuration changed. Any thread."""
+        with self._mailbox:
+            if not self._open:
+                return ConfigNotice.NOT_CONNECTED
+            self._notify()
+            if self._channel is None:
+                return ConfigNotice.NO_CHANNEL
+            return ConfigNotice.SENT if self._rings.active else ConfigNotice.DEFERRED
+
+    def _tell_config(self) -> None:
+        """Send CONFIG_CHANGE_MSG when the front-end does not know the configuration and the device is in use.
+
+        While all rings are stopped nothing may be sent, and QEMU would ignore it.
+        """
+        generation = self._device.config_generation
+        if self._channel is None or generation == self._served_generation or not self._rings.active:
+            return
+        self._served_generation = generation
+        self._use_channel(self._channel.config_changed)
+
+    def _open_channel(self, fd: Fd) -> None:
+        self._close_channel()
+        channel = Channel(fd, self._connection)
+        with self._mailbox:
+            self._channel = channel
+        self._watch_channel(channel)
+
+    def _use_channel(self, use: Callable[[], None]) -> None:
+        """Read or write the channel, which is closed when that fails, and watch it for what it waits for."""
+        channel = self._channel
+        if channel is None:
+            return
+        try:
+            use()
+        except (PeerGone, RemoteProtocolError) as error:
+            log.warning("%s: no more news reach the guest: %s", self._device.name, error)
+            self._close_channel()
+        else:
+            self._watch_channel(channel)
+
+    def _watch_channel(self, channel: Channel) -> None:
+        events = (selectors.EVENT_READ if channel.readable else 0) | (selectors.EVENT_WRITE if channel.waiting else 0)
+        if channel.fileno() in self._selector.get_map():
+            self._selector.unregister(channel)
+        if events:
+            self._selector.register(channel, events, lambda: self._use_channel(channel.step))
+
+    def _close_channel(self) -> None:
+        with self._mailbox:
+            channel, self._channel = self._channel, None
+        if channel is None:
+            return
+        if channel.fileno() in self._selector.get_map():
+            self._selector.unregister(channel)
+        channel.close()
+
+    def _end(self) -> None:
+        """Give everything back. The connection is closed first unless it is we who leave."""
+        with ExitStack() as last:
+            for step in (self._let_go, self._device.reset, self._rings.close, self._sharing.close, self._close_channel):
+                last.callback(step)
+            last.callback(self._device.attach, None)
+            last.callback(self._hang_up)
+            if not self._stopping:
+                self._hang_up()
+            self._drain()
+
+    def _let_go(self) -> None:
+        self._selector.close()
+        with self._mailbox:
+            os.close(self._wake)
+            self._wake = -1
+
+    def _hang_up(self) -> None:
+        with self._mailbox:
+            self._open = False
+            self._connection.close()
+            self._transport.close()
+        for fd in self._connection.refused_fds():
+            fd.close()
+
+    def _drain(self) -> None:
+        """Wait until storage has answered everything; for ever, unless we are told to stop: an answer that comes later
+        could overwrite what the next front-end writes."""
+        while True:
+            try:
+                self._rings.drain(self._drain_timeout_s)
+                return
+            except DrainTimeout as error:
+                log.error("%s: storage does not answer: %s", self._device.name, error)
+                if self._stopping:
+                    return
+            except VhostUserError as error:
+                log.error("%s: the rings do not stop: %s", self._device.name, error)
+                return
+
+
+def _region(region: MemoryRegion, fd: Fd) -> tuple[int, int, int, int, int]:
+    return region.guest_addr, region.size, region.user_addr, region.mmap_offset, fd.fileno()
+
+
+def _hung_up(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLRDHUP)
+    return bool(poll.poll(0))

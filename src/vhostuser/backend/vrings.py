@@ -1,0 +1,262 @@
+"""The rings of one connection: what was told about them, and what of it is carried out. Touches the native queues."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from vhostuser._native import GuestMemory
+from vhostuser.backend.rings import RingEvent, RingPlan, RingState
+from vhostuser.errors import DrainTimeout, SetupError
+from vhostuser.protocol import F_PROTOCOL_FEATURES
+
+if TYPE_CHECKING:
+    from vhostuser._native import QueueSet
+    from vhostuser.fds import Fd
+    from vhostuser.protocol import VringAddr
+
+log = logging.getLogger(__name__)
+
+SPLIT_BASE_MASK = 0xFFFF
+"""The bits of SET_VRING_BASE that a split ring uses."""
+
+
+class Vrings:
+    """Every ring of one device during one connection.
+
+    A ring runs natively from the moment it is kicked and its description is complete. Descriptors are duplicated;
+    the caller keeps its own. Methods raise `SetupError`, having changed nothing, when what is asked makes no sense.
+    """
+
+    def __init__(self, queues: QueueSet, *, name: str, max_size: int, drain_timeout_s: float) -> None:
+        self._queues = queues
+        self._name = name
+        self._max_size = max_size
+        self._drain_timeout_s = drain_timeout_s
+        self._states = [RingState()] * queues.num_queues
+        self._plans: list[RingPlan[Fd]] = [RingPlan()] * queues.num_queues
+        self._running: set[int] = set()
+        self._enable_seen = False
+        self.memory = GuestMemory()
+        self.features = 0
+        """The bits of the last SET_FEATURES, virtio's and the protocol's."""
+
+    def state(self, index: int) -> RingState:
+        """The two bits of ring ``index``."""
+        return self._states[self._checked(index)]
+
+    @property
+    def running(self) -> frozenset[int]:
+        """The rings that the native queues have started."""
+        return frozenset(self._running)
+
+    @property
+    def active(self) -> bool:
+        """Whether any ring runs and is enabled, so that the device is in use. Any thread."""
+        return any(self._states[index].enabled for index in tuple(self._running))
+
+    @property
+    def waiting_for_memory(self) -> bool:
+        """Whether an enabled ring lacks nothing but memory."""
+        return not self.memory.regions and any(
+            state.enabled and plan.missing(memory=False) == ("SET_MEM_TABLE",)
+            for state, plan in zip(self._states, self._plans, strict=True)
+        )
+
+    def set_features(self, features: int) -> None:
+        """SET_FEATURES. Without the protocol features bit, SET_VRING_ENABLE will not come: every ring is enabled."""
+        self.features = features
+        if not features & F_PROTOCOL_FEATURES:
+            for index in range(len(self._states)):
+                self._enable(index, RingEvent.NO_PROTOCOL_FEATURES)
+
+    def set_memory(self, memory: GuestMemory) -> None:
+        """Put ``memory`` under all rings and start those that waited for it. Waits for operations that use the old one.
+
+        Raises `DrainTimeout`; the old memory then stays.
+        """
+        self._queues.set_memory(memory, self._drain_timeout_s)
+        self.memory = memory
+        for index, plan in enumerate(self._plans):
+            if plan.kicked and index not in self._running:
+                try:
+                    self._start_if_complete(index)
+                except SetupError as error:  # what is missing may come with the next region
+                    log.warning("%s: ring %d does not start yet: %s", self._name, index, error)
+
+    def set_num(self, index: int, num: int) -> None:
+        """SET_VRING_NUM: the size of a ring that does not run, a power of two."""
+        if not 1 <= num <= self._max_size or num & (num - 1):
+            raise SetupError(
+                f"ring {index} may not have {num} entries: powers of two up to {self._max_size} are served"
+            )
+        self._change_stopped(index, "size", replace(self._plans[self._checked(index)], num=num))
+
+    def set_base(self, index: int, base: int) -> None:
+        """SET_VRING_BASE: where a ring that does not run goes on."""
+        if base & ~SPLIT_BASE_MASK:
+            raise SetupError(f"ring {index} cannot start at {base:#x}: an index of a split ring has 16 bits")
+        self._change_stopped(index, "base", replace(self._plans[self._checked(index)], base=base))
+
+    def set_addr(self, index: int, addr: VringAddr) -> None:
+        """SET_VRING_ADDR. On a running ring only the flags and the log address may differ."""
+        plan = self._plans[self._checked(index)]
+        if index in self._running:
+            old = plan.addr
+            if old is None or replace(old, flags=addr.flags, log=addr.log) != addr:
+                raise SetupError(f"ring {index} runs and cannot be moved")
+            self._plans[index] = replace(plan, addr=addr)
+        else:
+            self._change_stopped(index, "place", replace(plan, addr=addr))
+
+    def set_kick(self, index: int, fd: Fd | None) -> None:
+        """SET_VRING_KICK: start the ring, now or as soon as its description is complete. No ``fd``: it is polled."""
+        plan = self._plans[self._checked(index)]
+        own = fd.duplicate() if fd is not None else None
+        self._plans[index] = replace(plan, kicked=True, kick=own)
+        try:
+            if index in self._running:
+                self._queues.set_kick(index, own.fileno() if own is not None else None)
+            else:
+                self._start_if_complete(index)
+        except BaseException:
+            self._plans[index] = plan
+            if own is not None:
+                own.close()
+            raise
+        self._states[index] = self._states[index].after(RingEvent.KICK)
+        if plan.kick is not None:
+            plan.kick.close()
+
+    def set_call(self, index: int, fd: Fd | None) -> None:
+        """SET_VRING_CALL: replace what the driver is notified through; no descriptor: it is not notified."""
+        plan = self._plans[self._checked(index)]
+        own = fd.duplicate() if fd is not None else None
+        if index in self._running:
+            self._queues.set_call(index, own.fileno() if own is not None else None)
+        self._plans[index] = replace(plan, call=own)
+        if plan.call is not None:
+            plan.call.close()
+
+    def set_err(self, index: int, fd: Fd | None) -> None:
+        """SET_VRING_ERR: replace what tells the front-end that the ring is broken."""
+        plan = self._plans[self._checked(index)]
+        own = fd.duplicate() if fd is not None else None
+        if index in self._running:
+            self._queues.set_err(index, own.fileno() if own is not None else None)
+        self._plans[index] = replace(plan, err=own)
+        if plan.err is not None:
+            plan.err.close()
+
+    def set_enable(self, index: int, enabled: bool) -> None:
+        """SET_VRING_ENABLE: may come before anything else is known of the ring, and outlives its stop."""
+        self._enable(self._checked(index), RingEvent.ENABLE if enabled else RingEvent.DISABLE)
+        self._enable_seen = True
+
+    def get_base(self, index: int) -> int:
+        """GET_VRING_BASE: stop the ring, wait until what it took is done, and return its next index.
+
+        A ring that does not run, or is broken, answers its base. Raises `DrainTimeout`.
+        """
+        base = self._plans[self._checked(index)].base
+        if index in self._running:
+            base = self._stop(index, self._drain_timeout_s)
+        self._states[index] = self._states[index].after(RingEvent.GET_BASE)
+        self._forget_kick(index, base)
+        return base
+
+    def reset(self) -> None:
+        """RESET_DEVICE, SET_STATUS 0: stop and disable every ring. Memory, CALL and ERR stay. Raises `DrainTimeout`."""
+        for index in sorted(self._running):
+            self._queues.enable(index, False)
+        for index in sorted(self._running):
+            self._stop(index, self._drain_timeout_s)
+        for index, plan in enumerate(self._plans):
+            self._states[index] = self._states[index].after(RingEvent.RESET)
+            self._forget_kick(index, 0)
+            self._plans[index] = plan.reset()
+
+    def rest(self) -> None:
+        """Let every ring take nothing more; what was taken still completes. Does not wait."""
+        for index in self._running:
+            self._queues.enable(index, False)
+
+    def drain(self, timeout_s: float) -> None:
+        """Stop every ring, and let go of the memory. Raises `DrainTimeout`; may be called again then."""
+        deadline = time.monotonic() + timeout_s
+        self.rest()
+        for index in sorted(self._running):
+            self._stop(index, max(0.0, deadline - time.monotonic()))
+        self._queues.set_memory(GuestMemory(), max(0.0, deadline - time.monotonic()))
+        self.memory = GuestMemory()
+
+    def close(self) -> None:
+        """Close every descriptor kept here. The rings must have been drained, or given up."""
+        for index, plan in enumerate(self._plans):
+            for fd in (plan.kick, plan.call, plan.err):
+                if fd is not None:
+                    fd.close()
+            self._plans[index] = RingPlan()
+
+    def _checked(self, index: int) -> int:
+        if not 0 <= index < len(self._plans):
+            raise SetupError(f"there is no ring {index}: the device has {len(self._plans)}")
+        return index
+
+    def _enable(self, index: int, event: RingEvent) -> None:
+        after = self._states[index].after(event)
+        if index in self._running and after.enabled != self._states[index].enabled:
+            self._queues.enable(index, after.enabled)
+        self._states[index] = after
+
+    def _change_stopped(self, index: int, what: str, plan: RingPlan[Fd]) -> None:
+        if index in self._running:
+            raise SetupError(f"ring {index} runs: its {what} cannot be changed")
+        old, self._plans[index] = self._plans[index], plan
+        try:
+            self._start_if_complete(index)
+        except SetupError:
+            self._plans[index] = old
+            raise
+
+    def _start_if_complete(self, index: int) -> None:
+        plan = self._plans[index]
+        missing = plan.missing(memory=bool(self.memory.regions))
+        if missing or plan.addr is None or plan.num is None:
+            if plan.kicked:
+                log.debug("%s: ring %d waits for %s", self._name, index, ", ".join(missing))
+            return
+        state = self._states[index]
+        if not self.features & F_PROTOCOL_FEATURES and not self._enable_seen:
+            state = state.after(RingEvent.NO_PROTOCOL_FEATURES)  # crosvm may leave out SET_FEATURES, but not ENABLE
+        self._queues.start(
+            index,
+            size=plan.num,
+            desc=plan.addr.descriptor,
+            used=plan.addr.used,
+            avail=plan.addr.available,
+            base=plan.base,
+            features=self.features & ~F_PROTOCOL_FEATURES,
+            enabled=state.enabled,
+            kick=plan.kick.fileno() if plan.kick is not None else None,
+            call=plan.call.fileno() if plan.call is not None else None,
+            err=plan.err.fileno() if plan.err is not None else None,
+        )
+        self._running.add(index)
+        self._states[index] = state
+
+    def _stop(self, index: int, timeout_s: float) -> int:
+        try:
+            base = self._queues.stop(index, timeout_s)
+        except DrainTimeout as error:
+            raise DrainTimeout(f"ring {index} still waits for storage after {timeout_s:.0f} s: {error}") from error
+        self._running.discard(index)
+        return base
+
+    def _forget_kick(self, index: int, base: int) -> None:
+        plan = self._plans[index]
+        self._plans[index] = plan.stopped(base)
+        if plan.kick is not None:
+            plan.kick.close()

@@ -1,0 +1,267 @@
+"""The virtio disk, device side: features, configuration space, write cache, resize. Touches its disk and native queues.
+
+The requests themselves are served natively; here is what is decided once per connection or per human action.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from dataclasses import replace
+
+from vhostuser._native import BlockQueues
+from vhostuser.backend.device import ConfigNotice, Device
+from vhostuser.blk.shape import DEFAULT_SEG_MAX, Options, block_size_of, config_of, features_of
+from vhostuser.disks.disk import Capability, Disk
+from vhostuser.errors import ConfigRefused, OperatorError, UsageError
+from vhostuser.virtio.blk import DEVICE_ID, SECTOR, WRITEBACK_OFFSET, BlkFeature
+from vhostuser.virtio.features import feature_names
+
+log = logging.getLogger(__name__)
+
+
+class BlockDevice(Device):
+    """A virtio disk over a `Disk`, for a `Server`.
+
+    `resize`, `refresh`, `statistics` and `info` may be called from any thread, also while a guest uses the disk.
+    """
+
+    device_id = DEVICE_ID
+
+    def __init__(
+        self,
+        disk: Disk,
+        *,
+        num_queues: int = 1,
+        num_workers: int | None = None,
+        serial: str = "",
+        block_size: int | None = None,
+        physical_block_size: int | None = None,
+        seg_max: int = DEFAULT_SEG_MAX,
+        size_max: int = 0,
+        poll_us: int = 0,
+    ) -> None:
+        """Prepare the queues; nothing is served before a `Server` runs. The disk stays the caller's, who closes it.
+
+        ``num_workers``: threads that serve the queues, at most one per queue; by default one per queue and processor.
+        ``serial``: what the guest sees as the disk's serial, up to 20 ASCII characters.
+        ``block_size``, ``physical_block_size``: in bytes, powers of two; by default what storage says.
+        ``seg_max``: data segments per request; ``size_max``: bytes per segment, 0 for no limit; both are for the
+        driver's planning and are not enforced. ``poll_us``: how long an idle worker looks on before it sleeps.
+        Raises `UsageError` for values that make no sense, `OperatorError` when the disk cannot be served with them.
+        """
+        super().__init__()
+        options = Options(num_queues, num_workers, serial, block_size, physical_block_size, seg_max, size_max, poll_us)
+        options.check()
+        engine = disk.engine()
+        if engine is None:
+            raise OperatorError(
+                disk.name, "it has no native engine and cannot be served", "Serve a file, memory or null disk"
+            )
+        self._disk = disk
+        self._lock = threading.RLock()
+        self._block_size = block_size_of(disk.name, disk.limits, options)
+        self._num_sectors = self._whole_sectors(disk.limits.size)
+        self._default_writeback = self._wanted_writeback = self._writeback = disk.writeback
+        self._acked: int | None = None
+        self._features = features_of(disk.capabilities, options)
+        config = replace(
+            config_of(disk.limits, self._features, self._block_size, options),
+            capacity=self._num_sectors,
+            writeback=int(self._writeback),
+        )
+        self._config = config
+        self._queues = BlockQueues(
+            engine,
+            num_queues=num_queues,
+            num_workers=num_workers or min(num_queues, os.cpu_count() or 1),
+            num_sectors=self._num_sectors,
+            block_size=self._block_size,
+            read_only=self.read_only,
+            writeback=self._writeback,
+            device_id=serial.encode("ascii"),
+            poll_us=poll_us,
+            max_discard_sectors=config.max_discard_sectors,
+            max_discard_seg=config.max_discard_seg,
+            max_write_zeroes_sectors=config.max_write_zeroes_sectors,
+            max_write_zeroes_seg=config.max_write_zeroes_seg,
+        )
+
+    @property
+    def name(self) -> str:
+        """The name of the disk."""
+        return self._disk.name
+
+    @property
+    def disk(self) -> Disk:
+        """The disk that is served."""
+        return self._disk
+
+    @property
+    def features(self) -> int:
+        """What the disk can do; never a bit without its behaviour."""
+        return self._features
+
+    @property
+    def queues(self) -> BlockQueues:
+        """The native queues."""
+        return self._queues
+
+    @property
+    def size(self) -> int:
+        """What the guest sees, in bytes: whole logical blocks. Any thread."""
+        return self._num_sectors * SECTOR
+
+    @property
+    def block_size(self) -> int:
+        """The logical block size in bytes."""
+        return self._block_size
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the guest may only read."""
+        return Capability.WRITE not in self._disk.capabilities
+
+    @property
+    def writeback(self) -> bool:
+        """Whether a write may complete before it is on stable storage. Any thread."""
+        return self._writeback
+
+    def read_config(self, offset: int, size: int) -> bytes:
+        """A piece of ``virtio_blk_config``, padded with zeroes to ``size`` bytes."""
+        with self._lock:
+            return self._config.read(offset, size)
+
+    def write_config(self, offset: int, data: bytes, flags: int) -> None:
+        """Let the driver switch its write cache: byte 32, 0 or 1, whatever ``flags`` says. All else is refused.
+
+        Switching it off puts what was written so far on stable storage, and waits for that.
+        """
+        if offset != WRITEBACK_OFFSET or len(data) != 1:
+            raise ConfigRefused(
+                f"a driver may write byte {WRITEBACK_OFFSET} (writeback) of the configuration, "
+                f"not {len(data)} bytes at {offset}"
+            )
+        if data[0] > 1:
+            raise ConfigRefused(f"writeback is 0 or 1, not {data[0]}")
+        if self._acked is not None and not self._acked & BlkFeature.CONFIG_WCE:
+            raise ConfigRefused("the driver did not accept VIRTIO_BLK_F_CONFIG_WCE and may not switch its write cache")
+        before = self._wanted_writeback
+        self._wanted_writeback = bool(data[0])
+        try:
+            self._set_writeback(self._wanted_writeback)
+        except OSError as error:
+            self._wanted_writeback = before
+            self._set_writeback(before)
+            raise ConfigRefused(
+                f"the write cache stays on: what it holds cannot be stored ({os.strerror(error.errno or 0)})"
+            ) from error
+
+    def features_acked(self, features: int) -> None:
+        """Take the write cache mode that follows from the choice (virtio: Block Device, Device Operation)."""
+        self._acked = features
+        flush = bool(features & BlkFeature.FLUSH)
+        if features & BlkFeature.CONFIG_WCE:
+            writeback = self._wanted_writeback and flush
+        else:
+            writeback = self._default_writeback and flush
+        try:
+            self._set_writeback(writeback)
+        except OSError as error:
+            log.error("%s: what was written before cannot be stored: %s", self.name, os.strerror(error.errno or 0))
+
+    def reset(self) -> None:
+        """Forget the driver's choices, but let a write cache that it switched off stay off.
+
+        QEMU shows its guest the byte it knew before the reset, and a guest that believes its cache off sends no FLUSH.
+        """
+        self._acked = None
+        self._wanted_writeback = self._wanted_writeback and self._default_writeback
+
+    def resize(self, size: int) -> ConfigNotice:
+        """Make the disk ``size`` bytes large, storage included, and tell the guest. Any thread; may wait for storage.
+
+        Returns what became of telling it. Requests beyond a smaller end fail from now on; those already with storage
+        still complete. Raises `UsageError` when the disk or the size does not allow it, `OSError` when storage refuses.
+        """
+        with self._lock:
+            if Capability.RESIZE not in self._disk.capabilities:
+                self._disk.resize(size)  # says why not
+            sectors = self._whole_sectors(size)
+            before = self._num_sectors
+            if sectors >= before:
+                self._disk.resize(size)
+                return self._set_num_sectors(sectors)
+            self._queues.set_num_sectors(sectors)
+            try:
+                self._disk.resize(size)
+            except BaseException:
+                self._queues.set_num_sectors(before)
+                raise
+            return self._set_num_sectors(sectors)
+
+    def refresh(self) -> ConfigNotice | None:
+        """Look whether storage was resized by someone else, and if so tell the guest. Any thread.
+
+        Returns None when the size is what it was. Raises `UsageError` when nothing is left of the disk.
+        """
+        with self._lock:
+            sectors = self._whole_sectors(self._disk.refresh())
+            return None if sectors == self._num_sectors else self._set_num_sectors(sectors)
+
+    def statistics(self) -> list[dict[str, int]]:
+        """One dictionary of counters per queue, read without stopping anything. Any thread."""
+        return self._queues.stats()
+
+    def info(self) -> dict[str, object]:
+        """What a person wants to know about the disk, ready for JSON. Any thread."""
+        config = self._config
+        return {
+            "disk": self.name,
+            "engine": engine.name if (engine := self._disk.engine()) is not None else None,
+            "size": self.size,
+            "block_size": self._block_size,
+            "physical_block_size": self._block_size << config.physical_block_exp,
+            "read_only": self.read_only,
+            "writeback": self._writeback,
+            "flush_failed": self._queues.flush_failed,
+            "num_queues": self.num_queues,
+            "connected": self.connected,
+            "features_offered": feature_names(self._features, BlkFeature),
+            "features_acked": feature_names(self._acked, BlkFeature) if self._acked is not None else None,
+        }
+
+    def _whole_sectors(self, size: int) -> int:
+        blocks, tail = divmod(size, self._block_size)
+        if blocks == 0:
+            raise UsageError(
+                self._disk.name,
+                f"{size} bytes are less than one block of {self._block_size}",
+                "Make the disk larger, or its block size smaller",
+            )
+        if tail:
+            log.warning(
+                "%s: the last %d bytes do not fill a block of %d and are not served",
+                self._disk.name, tail, self._block_size,
+            )  # fmt: skip
+        return blocks * self._block_size // SECTOR
+
+    def _set_writeback(self, writeback: bool) -> None:
+        """Switch the write cache; once it is off, flush what it held. Raises `OSError` of the flush."""
+        was, self._writeback = self._writeback, writeback
+        self._queues.set_writeback(writeback)
+        with self._lock:
+            self._config = replace(self._config, writeback=int(writeback))
+        if was and not writeback and not self.read_only:
+            self._disk.flush()
+
+    def _set_num_sectors(self, sectors: int) -> ConfigNotice:
+        """The native bound first, then the configuration, then the news."""
+        self._queues.set_num_sectors(sectors)
+        with self._lock:
+            self._num_sectors = sectors
+            self._config = replace(self._config, capacity=sectors)
+        notice = self.config_changed()
+        log.info("%s: the disk has %d bytes now: %s", self.name, sectors * SECTOR, notice.value)
+        return notice

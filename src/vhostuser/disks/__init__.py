@@ -1,0 +1,22 @@
+"""Storage behind virtual disks; knows nothing of vhost. Public names, nothing else."""
+
+from vhostuser.disks.disk import Capability, Disk, Limits, NativeDisk
+from vhostuser.disks.faulty import Faults, FaultyDisk
+from vhostuser.disks.file import FileDisk
+from vhostuser.disks.memory import MemoryDisk
+from vhostuser.disks.null import NullDisk
+from vhostuser.disks.registry import open_disk, parse_size
+
+__all__ = [
+    "Capability",
+    "Disk",
+    "Faults",
+    "FaultyDisk",
+    "FileDisk",
+    "Limits",
+    "MemoryDisk",
+    "NativeDisk",
+    "NullDisk",
+    "open_disk",
+    "parse_size",
+]
