@@ -71,6 +71,7 @@ class Backend(ABC):
 
     def restart(self) -> None:
         """Start again after `kill` or `stop`, on the same socket."""
+        self.close()
         self.process = self.start()
 
     def kill(self) -> None:
@@ -85,6 +86,10 @@ class Backend(ABC):
         if status:
             raise ChildError(f"{self.process.name} ended with {status}: {self.process.tail()}")
 
+    def close(self) -> None:
+        """Kill it when it still runs, and forget it."""
+        self.process.close()
+
     def __enter__(self) -> Self:
         return self
 
@@ -95,7 +100,7 @@ class Backend(ABC):
             if error is None and self.process.alive:
                 self.stop()
         finally:
-            self.process.close()
+            self.close()
 
 
 class Ours(Backend):
@@ -199,6 +204,11 @@ class StorageDaemon(Backend):
             listener.close()
             raise
         return child
+
+    def close(self) -> None:
+        """Also closes its monitor."""
+        super().close()
+        self._qmp.close()
 
     def resize(self, size: int) -> None:
         """Through its monitor."""

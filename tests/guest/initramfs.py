@@ -40,6 +40,16 @@ class Archive:
         self.directory(str(PurePosixPath(path).parent))
         self._entries[path] = (stat.S_IFREG | mode, content)
 
+    def extract(self, directory: Path) -> None:
+        """Write the archive's files below ``directory``, which is made."""
+        directory.mkdir()
+        for path, (mode, content) in self._entries.items():
+            if stat.S_ISDIR(mode):
+                (directory / path).mkdir()
+            else:
+                (directory / path).write_bytes(content)
+                (directory / path).chmod(stat.S_IMODE(mode))
+
     def pack(self) -> bytes:
         """The archive's bytes, padded so that another archive may follow."""
         parts = [_entry(number, path, *entry) for number, (path, entry) in enumerate(self._entries.items(), start=1)]
@@ -66,7 +76,7 @@ class Base:
     modules: tuple[Path, ...]  # in loading order
     files: Mapping[str, Path]  # our own, by path in the guest; executable
 
-    def pack(self) -> bytes:
+    def archive(self) -> Archive:
         """Build the archive: programs and the libraries they link to, busybox, modules, our own files."""
         archive = Archive()
         for path in DIRECTORIES:
@@ -82,7 +92,7 @@ class Base:
         archive.file(PROFILE, "".join(_preferred(program) for program in self.programs).encode())
         for path, source in self.files.items():
             archive.file(path, source.read_bytes(), 0o755)
-        return archive.pack()
+        return archive
 
 
 def _preferred(program: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,13 +12,14 @@ from types import TracebackType
 from typing import Final, Self
 
 from .prepare import Machine, Qemu
-from .processes import Child
+from .processes import Child, ChildError, Deadline, readable
 from .streams import CommandError, Listener, Qmp, Result, Shell
 
 MIB: Final = 1 << 20
 BOOT_S: Final = 60.0
 START_S: Final = 30.0
 COMMAND_S: Final = 60.0
+POLL_S: Final = 0.05  # a file cannot be waited for: how often the console is looked at
 RECONNECT_MS_SINCE: Final = (9, 2)
 
 
@@ -143,6 +145,14 @@ class Guest:
     def console(self) -> str:
         """Everything the kernel wrote to the first serial port."""
         return self.console_log.read_bytes().decode(errors="replace") if self.console_log.exists() else ""
+
+    def wait_console(self, pattern: str, limit_s: float = BOOT_S) -> str:
+        """Wait until the console holds ``pattern`` and return what matched."""
+        deadline = Deadline(limit_s)
+        while not (found := re.search(pattern, self.console())):
+            if readable([self.process], POLL_S) or not deadline.left_s:
+                raise ChildError(f"no `{pattern}` on the console: {self.console_tail()}\n{self.process.tail()}")
+        return found[0]
 
     def console_tail(self) -> str:
         """The end of `console`."""

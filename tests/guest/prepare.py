@@ -150,20 +150,19 @@ def machine() -> Machine:
     if not elf.exists():
         kernel.unpack(elf, programs)
     load = built(HERE / "load.c", place / "load", ["-O2", "-static", "-pthread", "-Wall", "-Wextra", "-Werror"])
-    base = Base(
-        tools=programs,
-        programs=PROGRAMS,
-        busybox="bin/busybox",
-        modules=tuple(kernel.modules(MODULES)),
-        files={"init": HERE / "init.sh", "bin/load": load},
-    )
-    packed = base.pack()
+    packed = base(programs, tuple(kernel.modules(MODULES)), load).archive().pack()
     initramfs = place / f"initramfs-{hashlib.sha256(packed).hexdigest()[:16]}"
     if not initramfs.exists():
         partial = initramfs.with_suffix(".partial")
         partial.write_bytes(packed)
         partial.rename(initramfs)
     return Machine(elf, initramfs, load, programs, kernel.release)
+
+
+def base(programs: Prefix, modules: tuple[Path, ...], load: Path) -> Base:
+    """What every guest finds in its first file system."""
+    files = {"init": HERE / "init.sh", "bin/load": load}
+    return Base(tools=programs, programs=PROGRAMS, busybox="bin/busybox", modules=modules, files=files)
 
 
 def built(source: Path, target: Path, flags: Sequence[str]) -> Path:
