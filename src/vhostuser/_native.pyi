@@ -5,8 +5,7 @@ and let other Python threads run. Rust errors arrive as the classes of `vhostuse
 """
 
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Protocol, Self, final
+from typing import Self, final
 
 RegionTuple = tuple[int, int, int, int, int]
 """(guest_addr, size, user_addr, mmap_offset, fd), as in the payload of SET_MEM_TABLE."""
@@ -99,13 +98,15 @@ class Event:
     """Something a worker wants its session to know."""
 
     kind: str
-    """"ring_broken", "memory_lost", "flush_failed"."""
+    """One of "ring_broken", "memory_lost", "flush_failed", "worker_failed"."""
     index: int | None
     """The ring concerned."""
     reason: str
 
-class QueueSet(Protocol):
-    """The rings of one device and the workers that serve them. Used from one thread (the session's), unless noted."""
+class Queues:
+    """The rings of one device and the workers that serve them. Used from one thread (the session's), unless noted.
+
+    Not made directly: `BlockQueues` and `ChainQueues` are."""
 
     @property
     def num_queues(self) -> int: ...
@@ -162,7 +163,7 @@ class QueueSet(Protocol):
         by themselves later). Idempotent."""
 
 @final
-class BlockQueues(QueueSet):
+class BlockQueues(Queues):
     """The rings of a virtio disk, served from `engine`.
 
     Ring `i` runs on worker `i % num_workers`. Limits: see `virtio_blk_config`; sectors are 512 bytes.
@@ -195,10 +196,8 @@ class BlockQueues(QueueSet):
     def flush_failed(self) -> bool:
         """True once an fdatasync failed: every later FLUSH fails until the disk is reopened."""
 
-    # The QueueSet methods are repeated by inheritance.
-
 @final
-class ChainQueues(QueueSet):
+class ChainQueues(Queues):
     """Rings whose chains are handed to Python: for device types served by Python threads."""
 
     def __new__(cls, *, num_queues: int, num_workers: int = 1) -> Self: ...
@@ -253,11 +252,11 @@ class DriverRing:
     """The driver half of a split ring that lies in an `Arena`. One thread at a time.
 
     `desc`, `avail` and `used` are offsets into the arena. Addresses in descriptors are guest addresses, whatever the
-    caller's memory table says they are. The constructor zeroes the ring unless `resume` is true.
+    caller's memory table says they are. The constructor zeroes the ring; both indices start at `base`.
     """
 
     def __new__(
-        cls, arena: Arena, *, size: int, desc: int, avail: int, used: int, features: int, resume: bool = False
+        cls, arena: Arena, *, size: int, desc: int, avail: int, used: int, features: int, base: int = 0
     ) -> Self: ...
     def add(
         self,
@@ -276,10 +275,10 @@ class DriverRing:
         """(head, written) of every chain the device gave back. Raises `RemoteRingError` for an id that is not
         outstanding or an index that jumped."""
 
-    def enable_interrupts(self, after: int = 1) -> bool:
+    def enable_calls(self, after: int = 1) -> bool:
         """Asks for a call once `after` more chains are used. True when there is something to reap already."""
 
-    def disable_interrupts(self) -> None: ...
+    def disable_calls(self) -> None: ...
     @property
     def free(self) -> int:
         """Descriptors not in use."""

@@ -12,7 +12,7 @@ from vhostuser.errors import ConfigRefused
 from vhostuser.protocol import ProtocolFeature
 
 if TYPE_CHECKING:
-    from vhostuser._native import QueueSet
+    from vhostuser._native import Queues
 
 PROTOCOL_FEATURES: Final = (
     ProtocolFeature.MQ
@@ -78,7 +78,7 @@ class Device(ABC):
 
     @property
     @abstractmethod
-    def queues(self) -> QueueSet:
+    def queues(self) -> Queues:
         """The native queues that serve the rings, the same ones at any time. Owned by the device."""
 
     @property

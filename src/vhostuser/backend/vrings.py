@@ -13,7 +13,7 @@ from vhostuser.errors import DrainTimeout, SetupError
 from vhostuser.protocol import F_PROTOCOL_FEATURES
 
 if TYPE_CHECKING:
-    from vhostuser._native import QueueSet
+    from vhostuser._native import Queues
     from vhostuser.fds import Fd
     from vhostuser.protocol import VringAddr
 
@@ -30,7 +30,7 @@ class Vrings:
     the caller keeps its own. Methods raise `SetupError`, having changed nothing, when what is asked makes no sense.
     """
 
-    def __init__(self, queues: QueueSet, *, name: str, max_size: int, drain_timeout_s: float) -> None:
+    def __init__(self, queues: Queues, *, name: str, max_size: int, drain_timeout_s: float) -> None:
         self._queues = queues
         self._name = name
         self._max_size = max_size
