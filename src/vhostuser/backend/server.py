@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import select
 import selectors
 import threading
 import time
@@ -25,6 +26,8 @@ FDS_PER_REGION: Final = 3
 FDS_PER_RING: Final = 6
 """Kick, call and err, here and in the native queues."""
 SPARE_FDS: Final = 128
+ACCEPT_PAUSE_S: Final = 1.0
+"""How long to wait when no connection can be accepted, as when there are too many open files."""
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +131,7 @@ class Server:
             transport = listener.accept()
         except OSError as error:  # one connection less, and one reason more to go on
             log.error("%s: a connection could not be accepted: %s", self._device.name, error)
+            select.select([self._wake], [], [], ACCEPT_PAUSE_S)
             return
         if self._session is None:
             self._begin(transport)

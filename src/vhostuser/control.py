@@ -1,0 +1,327 @@
+"""The control socket: what an operator asks of a running disk. Touches its own socket and calls the device.
+
+JSON-RPC 2.0 over a Unix socket, one object, or one batch, per line in both directions. Whoever may write to the socket
+is an operator; it is made with mode 0600.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Final, Literal, Self
+
+import msgspec
+
+from vhostuser.disks.registry import parse_size
+from vhostuser.errors import OperatorError, PeerGone, RemoteProtocolError, UsageError, VhostUserError
+from vhostuser.fds import Fd
+from vhostuser.transport import Listener, Transport, connect
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from vhostuser.blk.device import BlockDevice
+
+PARSE_ERROR: Final = -32700
+INVALID_REQUEST: Final = -32600
+METHOD_NOT_FOUND: Final = -32601
+INVALID_PARAMS: Final = -32602
+INTERNAL_ERROR: Final = -32603
+FAILED: Final = -32000
+"""What was asked for makes sense and could not be done; ``data`` has the subject, cause and advice."""
+
+MAX_LINE: Final = 65536
+"""Bytes of one request, its end of line included."""
+MAX_BATCH: Final = 64
+MAX_CLIENTS: Final = 16
+MAX_ANSWER: Final = 16 << 20
+"""Bytes of one answer that a client takes: 256 queues of statistics fit well."""
+SEND_TIMEOUT_S: Final = 10.0
+ACCEPT_PAUSE_S: Final = 1.0
+"""How long to wait when no connection can be accepted, as when there are too many open files."""
+
+Params = Mapping[str, object]
+Method = Callable[[Params], object]
+
+log = logging.getLogger(__name__)
+
+
+class ControlError(VhostUserError):
+    """A call that the other side answered with an error, or a parameter that a method cannot take."""
+
+    def __init__(self, code: int, message: str, data: object = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.data = data
+
+
+class _Request(msgspec.Struct):
+    jsonrpc: Literal["2.0"]
+    method: str
+    params: dict[str, object] | list[object] = {}
+    id: int | float | str | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class _Error(msgspec.Struct):
+    code: int
+    message: str
+    data: object = None
+
+
+class _Reply(msgspec.Struct):
+    jsonrpc: Literal["2.0"]
+    id: int | float | str | None = None
+    result: object = None
+    error: _Error | None = None
+
+
+def disk_methods(device: BlockDevice, *, version: str) -> dict[str, Method]:
+    """The methods about one disk: ``disk.info``, ``disk.stats``, ``disk.resize`` and ``server.version``."""
+
+    def info(params: Params) -> object:
+        _only(params)
+        return device.info()
+
+    def stats(params: Params) -> object:
+        _only(params)
+        return {"queues": device.statistics()}
+
+    def resize(params: Params) -> object:
+        _only(params, "size")
+        size = params.get("size")
+        if isinstance(size, str):
+            size = parse_size(size)
+        if size is None:
+            notice = device.refresh()
+        elif isinstance(size, int) and not isinstance(size, bool) and size >= 0:
+            notice = device.resize(size)
+        else:
+            raise ControlError(INVALID_PARAMS, "size is a number of bytes, or a text like 10G")
+        told = "unchanged" if notice is None else notice.name.lower()
+        return {"size": device.size, "notice": told, "message": notice.value if notice else "the size is what it was"}
+
+    def server_version(params: Params) -> object:
+        _only(params)
+        return {"name": "vhostuser", "version": version}
+
+    return {"disk.info": info, "disk.stats": stats, "disk.resize": resize, "server.version": server_version}
+
+
+class ControlServer:
+    """Answers calls from several clients at a time, each on a thread of its own."""
+
+    def __init__(self, listener: Listener, methods: Mapping[str, Method]) -> None:
+        """Takes ``listener``. Methods are called from the threads of the clients, possibly at the same time."""
+        self._listener = listener
+        self._methods = dict(methods)
+        self._lock = threading.Lock()
+        self._clients: dict[Transport, threading.Thread] = {}
+        self._stopping = False
+        self._wake = Fd(os.eventfd(0, os.EFD_CLOEXEC))
+        self._thread = threading.Thread(target=self._accept_all, name="control")
+
+    def start(self) -> None:
+        """Begin to answer, on threads of this object, and return."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop answering, disconnect every client and remove the socket; waits for calls that are under way."""
+        with self._lock:
+            self._stopping = True
+            clients = dict(self._clients)
+        if not self._wake.closed:
+            os.eventfd_write(self._wake.fileno(), 1)
+        if self._thread.is_alive():
+            self._thread.join()
+        for transport, thread in clients.items():
+            transport.shutdown()
+            thread.join()
+        self._listener.close()
+        self._wake.close()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _accept_all(self) -> None:
+        while not self._stopping:
+            ready, _, _ = select.select([self._listener.fileno(), self._wake.fileno()], [], [])
+            if self._listener.fileno() in ready:
+                try:
+                    self._accept()
+                except OSError as error:
+                    log.warning("control socket: a client could not be accepted: %s", error)
+                    select.select([self._wake], [], [], ACCEPT_PAUSE_S)
+
+    def _accept(self) -> None:
+        transport = self._listener.accept(send_timeout_s=SEND_TIMEOUT_S)
+        with self._lock:
+            if self._stopping or len(self._clients) >= MAX_CLIENTS:
+                log.warning("control socket: a client was refused: %d are connected", len(self._clients))
+                transport.close()
+                return
+            thread = threading.Thread(target=self._serve, args=(transport,), name="control client")
+            self._clients[transport] = thread
+            thread.start()
+
+    def _serve(self, transport: Transport) -> None:
+        try:
+            for line in _lines(transport):
+                reply = self.answer(line)
+                if reply is not None:
+                    transport.send(reply + b"\n")
+        except _LineTooLong:
+            self._complain(transport)
+        except (PeerGone, RemoteProtocolError, OSError) as error:
+            log.info("control socket: a client was lost: %s", error)
+        finally:
+            with self._lock:
+                del self._clients[transport]
+                transport.close()
+
+    def _complain(self, transport: Transport) -> None:
+        error = ControlError(INVALID_REQUEST, f"a request may have {MAX_LINE} bytes")
+        try:
+            transport.send(msgspec.json.encode(_failure(None, error)) + b"\n")
+        except PeerGone:
+            return
+
+    def answer(self, line: bytes) -> bytes | None:
+        """The line that answers ``line``, without its end; None when only notifications were in it. Any thread."""
+        try:
+            raw = msgspec.json.decode(line)
+        except msgspec.DecodeError as error:
+            return msgspec.json.encode(_failure(None, ControlError(PARSE_ERROR, f"this is not JSON: {error}")))
+        if not isinstance(raw, list):
+            reply = self._answer_one(raw)
+            return None if reply is None else msgspec.json.encode(reply)
+        if not 1 <= len(raw) <= MAX_BATCH:
+            refusal = ControlError(INVALID_REQUEST, f"a batch has 1 to {MAX_BATCH} requests, not {len(raw)}")
+            return msgspec.json.encode(_failure(None, refusal))
+        replies = [reply for reply in map(self._answer_one, raw) if reply is not None]
+        return msgspec.json.encode(replies) if replies else None
+
+    def _answer_one(self, raw: object) -> dict[str, object] | None:
+        try:
+            request = msgspec.convert(raw, _Request)
+        except msgspec.ValidationError as error:
+            key = raw.get("id") if isinstance(raw, dict) else None
+            key = key if isinstance(key, int | float | str) else None
+            return _failure(key, ControlError(INVALID_REQUEST, f"this is no request: {error}"))
+        try:
+            result = self._call(request)
+        except ControlError as error:
+            return None if request.id is msgspec.UNSET else _failure(request.id, error)
+        return None if request.id is msgspec.UNSET else {"jsonrpc": "2.0", "id": request.id, "result": result}
+
+    def _call(self, request: _Request) -> object:
+        method = self._methods.get(request.method)
+        if method is None:
+            raise ControlError(METHOD_NOT_FOUND, f"there is no method {request.method!r}")
+        if not isinstance(request.params, dict):
+            raise ControlError(INVALID_PARAMS, "parameters have names here: give an object")
+        try:
+            return method(request.params)
+        except ControlError:
+            raise
+        except OperatorError as error:
+            code = INVALID_PARAMS if isinstance(error, UsageError) else FAILED
+            parts = {"subject": error.subject, "cause": error.cause, "advice": error.advice}
+            raise ControlError(code, str(error), parts) from error
+        except (VhostUserError, OSError) as error:
+            raise ControlError(FAILED, str(error)) from error
+        except Exception as error:
+            log.exception("control socket: %s failed", request.method)
+            raise ControlError(INTERNAL_ERROR, "an error of our own; the log has more") from error
+
+
+class ControlClient:
+    """Calls methods over a control socket, one at a time. Not for several threads."""
+
+    def __init__(self, path: str, *, timeout_s: float = 10.0) -> None:
+        """Connect to the socket at ``path``. Raises `OperatorError` when nobody listens there.
+
+        ``timeout_s`` bounds connecting and every wait for an answer.
+        """
+        self._timeout_s = timeout_s
+        self._transport = connect(path, timeout_s, send_timeout_s=timeout_s)
+        self._lines = _lines(self._transport, limit=MAX_ANSWER, timeout_s=timeout_s)
+        self._calls = 0
+
+    def call(self, method: str, **params: object) -> object:
+        """Return the result of ``method``. Raises `ControlError` when the other side says so, `PeerGone` when it is
+        silent or gone, `RemoteProtocolError` when it does not speak JSON-RPC."""
+        self._calls += 1
+        request = {"jsonrpc": "2.0", "id": self._calls, "method": method, "params": params}
+        self._transport.send(msgspec.json.encode(request) + b"\n")
+        try:
+            line = next(self._lines, None)
+            if line is None:
+                raise PeerGone("the control socket was closed before the answer came")
+            reply = msgspec.json.decode(line, type=_Reply)
+        except (_LineTooLong, msgspec.DecodeError) as error:
+            raise RemoteProtocolError(f"the answer is not JSON-RPC: {error}") from error
+        if reply.error is not None:
+            raise ControlError(reply.error.code, reply.error.message, reply.error.data)
+        if reply.id != self._calls:
+            raise RemoteProtocolError(f"call {self._calls} was answered as {reply.id!r}")
+        return reply.result
+
+    def close(self) -> None:
+        """Disconnect. Idempotent."""
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _LineTooLong(VhostUserError):  # noqa: N818  named for what it finds
+    """A line that does not end within the limit."""
+
+
+def _lines(transport: Transport, *, limit: int = MAX_LINE, timeout_s: float | None = None) -> Iterator[bytes]:
+    """The lines that the peer sends, without their ends; an unfinished last one is dropped."""
+    rest = b""
+    while True:
+        *lines, rest = rest.split(b"\n")
+        for line in lines:
+            if len(line) >= limit:
+                raise _LineTooLong(f"a line has more than {limit} bytes")
+            if line.strip():
+                yield line
+        if len(rest) >= limit:
+            raise _LineTooLong(f"a line has more than {limit} bytes")
+        if timeout_s is not None and not select.select([transport], [], [], timeout_s)[0]:
+            raise PeerGone(f"there was no answer for {timeout_s:g} s")
+        data, fds = transport.receive(limit)
+        for fd in fds:
+            fd.close()
+        if not data:
+            return
+        rest += data
+
+
+def _failure(key: object, error: ControlError) -> dict[str, object]:
+    body: dict[str, object] = {"code": error.code, "message": str(error)}
+    if error.data is not None:
+        body["data"] = error.data
+    return {"jsonrpc": "2.0", "id": key, "error": body}
+
+
+def _only(params: Params, *names: str) -> None:
+    surplus = sorted(set(params) - set(names))
+    if surplus:
+        raise ControlError(INVALID_PARAMS, f"there is no parameter {surplus[0]!r}")
