@@ -4,10 +4,16 @@
 //! it moves and the guest memory they point into, and gives it back as a [`Completion`]. Engines
 //! check nothing about sectors or limits: `blk` has done so before.
 
+mod file;
 mod inject;
 mod memory;
 mod null;
+mod pool;
 mod spec;
+mod sync;
+#[cfg(test)]
+mod tests;
+mod transfer;
 
 use std::io;
 use std::sync::Arc;
@@ -15,7 +21,7 @@ use std::time::Duration;
 
 pub use self::inject::Faults;
 pub use self::memory::MemoryDisk;
-pub use self::spec::{AnyEngine, Spec};
+pub use self::spec::{AnyEngine, FileOptions, Method, Spec};
 use crate::memory::{GuestMemory, IoVec};
 
 /// What an operation asks of storage.
@@ -108,6 +114,6 @@ pub trait Engine: Send {
 
     /// Hands over what is queued like `kick`, then blocks until a watched descriptor is readable
     /// (its tokens are appended to `ready`), an operation has ended, or `timeout` has passed.
-    /// It may return earlier with nothing to tell.
+    /// It may return earlier with nothing to tell, and report a descriptor that somebody drained just now.
     fn wait(&mut self, timeout: Option<Duration>, ready: &mut Vec<u32>) -> io::Result<()>;
 }

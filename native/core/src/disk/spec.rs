@@ -1,20 +1,66 @@
 //! Which storage a disk has, and making an engine for it on each worker.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::file::FileEngine;
 use super::inject::FaultyEngine;
 use super::memory::{MemoryDisk, MemoryEngine};
 use super::null::NullEngine;
+use super::sync::SyncEngine;
+use super::transfer::{Alignment, Target};
 use super::{Completion, Engine, Faults, Operation};
+use crate::sys::uring;
 
 /// Longer delays than this are a mistake of the tester.
 const MAX_DELAY: Duration = Duration::from_secs(3600);
 
+/// Greater alignments than this are a mistake.
+const MAX_ALIGN: usize = 1 << 20;
+
+/// Which system calls reach a file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Method {
+    /// io_uring, or plain system calls where the kernel refuses it.
+    #[default]
+    Auto,
+    /// io_uring.
+    IoUring,
+    /// Plain system calls, on a few threads.
+    Syscalls,
+}
+
+/// What an engine has to know about a file.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FileOptions {
+    /// Which system calls.
+    pub method: Method,
+    /// The descriptor was opened with O_DIRECT.
+    pub direct: bool,
+    /// What O_DIRECT demands of memory addresses, in bytes: a power of two, or 0 for nothing.
+    pub memory_align: usize,
+    /// What O_DIRECT demands of offsets and lengths, likewise.
+    pub offset_align: usize,
+    /// Discard and zero by BLKDISCARD and BLKZEROOUT.
+    pub block_device: bool,
+}
+
+impl FileOptions {
+    fn alignment(&self) -> io::Result<Option<Alignment>> {
+        let (memory, offset) = (self.memory_align.max(1), self.offset_align.max(1));
+        if ![memory, offset].iter().all(|align| align.is_power_of_two() && *align <= MAX_ALIGN) {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        Ok(self.direct.then_some(Alignment { memory, offset }))
+    }
+}
+
 #[derive(Clone, Debug)]
 enum Storage {
+    File { target: Arc<Target>, method: Method, uring: bool },
     Memory(Arc<MemoryDisk>),
     Null,
 }
@@ -32,6 +78,18 @@ pub struct Spec {
 impl Spec {
     fn over(storage: Storage) -> Self {
         Self { storage, faults: None, built: Arc::default() }
+    }
+
+    /// The file or block device behind `fd`, which it takes. Fails with `EINVAL` for alignments that are none, and
+    /// as the kernel does when io_uring was demanded and is refused.
+    pub fn file(fd: OwnedFd, options: FileOptions) -> io::Result<Self> {
+        let target = Arc::new(Target::new(fd, options.block_device, options.alignment()?));
+        let uring = match options.method {
+            Method::Auto => uring::probe().is_ok(),
+            Method::IoUring => uring::probe().map(|()| true)?,
+            Method::Syscalls => false,
+        };
+        Ok(Self::over(Storage::File { target, method: options.method, uring }))
     }
 
     /// `size` bytes of zeroes in this process. Fails with `ENOMEM` when the system refuses so much address space.
@@ -67,6 +125,8 @@ impl Spec {
     /// The engine that runs: "io_uring", "syscalls", "memory" or "null".
     pub fn name(&self) -> &'static str {
         match &self.storage {
+            Storage::File { uring: true, .. } => "io_uring",
+            Storage::File { uring: false, .. } => "syscalls",
             Storage::Memory(_) => "memory",
             Storage::Null => "null",
         }
@@ -75,6 +135,13 @@ impl Spec {
     /// Makes an engine for the calling thread, which alone uses and drops it.
     pub fn build(&self) -> io::Result<AnyEngine> {
         let engine = match &self.storage {
+            Storage::File { target, method, uring: true } => match FileEngine::new(Arc::clone(target)) {
+                Ok(engine) => AnyEngine::File(Box::new(engine)),
+                // It worked when it was tried; what is short now (memory, a limit) is no reason not to serve.
+                Err(_) if *method == Method::Auto => AnyEngine::Sync(SyncEngine::new(Arc::clone(target))?),
+                Err(error) => return Err(error),
+            },
+            Storage::File { target, .. } => AnyEngine::Sync(SyncEngine::new(Arc::clone(target))?),
             Storage::Memory(disk) => AnyEngine::Memory(MemoryEngine::new(Arc::clone(disk))),
             Storage::Null => AnyEngine::Null(NullEngine::default()),
         };
@@ -91,6 +158,10 @@ impl Spec {
 /// Any of the engines, without a virtual call per operation.
 #[derive(Debug)]
 pub enum AnyEngine {
+    /// A file through io_uring.
+    File(Box<FileEngine>),
+    /// A file by plain system calls.
+    Sync(SyncEngine),
     /// Memory of this process.
     Memory(MemoryEngine),
     /// Nothing.
@@ -102,6 +173,8 @@ pub enum AnyEngine {
 macro_rules! each {
     ($self:ident, $engine:ident => $call:expr) => {
         match $self {
+            AnyEngine::File($engine) => $call,
+            AnyEngine::Sync($engine) => $call,
             AnyEngine::Memory($engine) => $call,
             AnyEngine::Null($engine) => $call,
             AnyEngine::Faulty($engine) => $call,

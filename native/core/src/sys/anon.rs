@@ -115,6 +115,13 @@ impl Anon {
         Ok(())
     }
 
+    /// Usable bytes as a run, for tests that need a long one. It must not outlive this value.
+    #[cfg(test)]
+    pub(crate) fn run(&self, offset: u64, len: u64) -> Result<IoVec, BeyondEnd> {
+        // SAFETY: usable, and mapped as long as this value lives.
+        Ok(unsafe { IoVec::from_raw_parts(self.at(offset, len)?, len as usize) })
+    }
+
     /// Where `len` bytes at `offset` are, if all of them are usable.
     #[inline]
     fn at(&self, offset: u64, len: u64) -> Result<*mut u8, BeyondEnd> {
