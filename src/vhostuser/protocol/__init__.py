@@ -13,7 +13,7 @@ from vhostuser.protocol.ids import (
     ProtocolFeature,
 )
 from vhostuser.protocol.layout import Payload, Violation
-from vhostuser.protocol.messages import Message, Refused, Reply
+from vhostuser.protocol.messages import Message, Refused, Reply, name_of
 from vhostuser.protocol.payloads import (
     U64,
     Config,
@@ -95,5 +95,6 @@ __all__ = [
     "XenMemoryTable",
     "XenSingleRegion",
     "describe",
+    "name_of",
     "rule_of",
 ]

@@ -30,7 +30,7 @@ def name_of(request: int) -> str:
     return f"message {request}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: with them Python 3.11 cannot build a ``Message[Fd](...)``
 class Message(Generic[F_co]):
     """A request, with the descriptors attached to it; who receives it takes them over."""
 
@@ -40,7 +40,7 @@ class Message(Generic[F_co]):
     need_reply: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Reply(Generic[F_co]):
     """The answer to a request that we sent: its own reply, or the acknowledgement it asked for."""
 
