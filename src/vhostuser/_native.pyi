@@ -289,3 +289,47 @@ class DriverRing:
     def avail_index(self) -> int: ...
     @property
     def used_index(self) -> int: ...
+
+@final
+class DeviceRing:
+    """The device half of a split ring, without a worker: for who plays the device step by step. One thread at a time.
+
+    `desc`, `avail` and `used` are user addresses in `memory`. The next chain is taken at `base`; the used index is what
+    the ring says. The constructor raises `SetupError`; the other methods raise `RemoteRingError` when the driver broke
+    the ring, which must not be used any more then, and `SetupError` for a head that is not in flight.
+    """
+
+    def __new__(
+        cls, memory: GuestMemory, *, size: int, desc: int, avail: int, used: int, features: int, base: int = 0
+    ) -> Self: ...
+    def take(self) -> tuple[int, int, int, str | None] | None:
+        """The next chain: its head, the bytes of its readable and of its writable stream, and what is wrong with it
+        ("unmapped", "order" or "length"; its streams may then have holes). None when there is none."""
+
+    def read(self, head: int) -> bytes:
+        """A copy of the readable stream of a chain in flight."""
+
+    def write(self, head: int, data: bytes) -> int:
+        """Copies to the start of the writable stream of a chain in flight; returns how many bytes fitted."""
+
+    def push(self, head: int, written: int) -> None:
+        """Gives a chain back; the driver does not see it yet."""
+
+    def publish(self) -> bool:
+        """Makes what was pushed visible; True when the driver wants to be notified of it."""
+
+    def suppress_kicks(self) -> None: ...
+    def enable_kicks(self) -> bool:
+        """Asks for a kick with the next chain. True when there is one to take already."""
+
+    @property
+    def base(self) -> int:
+        """The next available index."""
+
+    @property
+    def in_flight(self) -> int:
+        """Chains taken and not given back."""
+
+    @property
+    def used_index(self) -> int:
+        """The used index as the driver sees it."""

@@ -3,7 +3,7 @@
 use pyo3::exceptions::{PyBlockingIOError, PyRuntimeError};
 use pyo3::PyErr;
 use vhostuser_core::memory::{MemoryError, Unmapped};
-use vhostuser_core::ring::DriverError;
+use vhostuser_core::ring::{Broken, DriverError, SetupError as RingSetupError};
 use vhostuser_core::worker::QueueError;
 
 pyo3::import_exception!(vhostuser.errors, DrainTimeout);
@@ -17,6 +17,7 @@ pub(crate) enum Failure {
     Memory(String),
     Queue(QueueError),
     Driver(DriverError),
+    Broken(Broken),
     Setup(String),
 }
 
@@ -37,6 +38,7 @@ impl From<Failure> for PyErr {
                 SetupError::new_err(error.to_string())
             }
             Failure::Driver(error) => RemoteRingError::new_err(error.to_string()),
+            Failure::Broken(broken) => RemoteRingError::new_err(broken.to_string()),
         }
     }
 }
@@ -68,5 +70,17 @@ impl From<QueueError> for Failure {
 impl From<DriverError> for Failure {
     fn from(error: DriverError) -> Self {
         Self::Driver(error)
+    }
+}
+
+impl From<Broken> for Failure {
+    fn from(broken: Broken) -> Self {
+        Self::Broken(broken)
+    }
+}
+
+impl From<RingSetupError> for Failure {
+    fn from(error: RingSetupError) -> Self {
+        Self::Setup(error.to_string())
     }
 }

@@ -4,6 +4,7 @@
 
 mod arena;
 mod chains;
+mod device;
 mod driver;
 mod engine;
 mod error;
@@ -24,5 +25,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<chains::Chain>()?;
     module.add_class::<arena::Arena>()?;
     module.add_class::<driver::DriverRing>()?;
+    module.add_class::<device::DeviceRing>()?;
     Ok(())
 }
