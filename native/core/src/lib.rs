@@ -4,6 +4,7 @@
 pub mod blk;
 pub mod chains;
 pub mod disk;
+pub mod load;
 pub mod memory;
 pub mod ring;
 pub mod sys;

@@ -1,198 +1,19 @@
 //! A disk served to our own driver half: workers, requests, statuses, life cycle. Nothing here sleeps: a
 //! test waits on the call descriptor, as a driver does.
-#![allow(unsafe_code)]
+
+mod host;
 
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use vhostuser_core::blk::{BlkServe, BlkShared, Limits};
+use host::{header, memfd, range, Host, FEATURES, GUEST, LEN, LIMIT, SECTORS};
 use vhostuser_core::disk::{Faults, Spec};
-use vhostuser_core::memory::{GuestMemory, GuestSlice, Mapping, RegionSpec};
-use vhostuser_core::ring::{feature, layout, Areas, DriverRing, RingSetup, Segment};
-use vhostuser_core::sys::eventfd::{self, EventFd};
-use vhostuser_core::worker::{EventKind, Events, Notifiers, QueueError, Queues};
-
-const GUEST: u64 = 0x4000_0000;
-const USER: u64 = 0x7f00_0000_0000;
-const LEN: u64 = 64 << 20;
-const RINGS: u64 = 0x10_0000;
-const LIMIT: Duration = Duration::from_secs(20);
-const SECTORS: u64 = 4096;
-const FEATURES: u64 = feature::VERSION_1 | feature::INDIRECT_DESC | feature::EVENT_IDX | 1 << 13 | 1 << 14;
-
-fn memfd(len: u64) -> File {
-    // SAFETY: a literal name; the returned descriptor is new.
-    let file = unsafe { File::from_raw_fd(libc::memfd_create(c"serve".as_ptr(), libc::MFD_CLOEXEC)) };
-    file.set_len(len).unwrap();
-    file
-}
-
-fn eventfd() -> OwnedFd {
-    EventFd::new().unwrap().as_fd().try_clone_to_owned().unwrap()
-}
-
-/// One disk, its shared memory, and drivers for its rings.
-struct Host {
-    file: File,
-    map: Arc<Mapping>,
-    memory: Arc<GuestMemory>,
-    queues: Queues,
-    shared: Arc<BlkShared>,
-}
-
-struct Driver {
-    ring: DriverRing,
-    kick: OwnedFd,
-    call: OwnedFd,
-    err: OwnedFd,
-    next: u64,
-}
-
-impl Host {
-    fn new(spec: &Spec, num_queues: u16, num_workers: u16) -> Self {
-        Self::with(spec, num_queues, num_workers, Duration::ZERO, |_| {})
-    }
-
-    fn with(spec: &Spec, num_queues: u16, num_workers: u16, poll: Duration, change: fn(&mut Limits)) -> Self {
-        let mut limits = Limits {
-            num_sectors: SECTORS,
-            block_size: 512,
-            read_only: false,
-            max_discard_sectors: 1024,
-            max_discard_seg: 4,
-            max_write_zeroes_sectors: 1024,
-            max_write_zeroes_seg: 4,
-        };
-        change(&mut limits);
-        let shared = Arc::new(BlkShared::new(limits, true, b"a serial number"));
-        let events = Arc::new(Events::new().unwrap());
-        let make = {
-            let (spec, shared, events) = (spec.clone(), Arc::clone(&shared), Arc::clone(&events));
-            move |_, _| Ok(BlkServe::new(Arc::clone(&shared), spec.build()?, Arc::clone(&events)))
-        };
-        let mut queues = Queues::new(num_queues, num_workers, poll, events, make).unwrap();
-        let file = memfd(LEN);
-        let map = Mapping::of_file(file.as_fd(), 0, LEN).unwrap();
-        let memory = Arc::new(GuestMemory::new([(region(), file.as_fd())]).unwrap());
-        queues.set_memory(Arc::clone(&memory), LIMIT).unwrap();
-        Self { file, map, memory, queues, shared }
-    }
-
-    fn setup(&self, index: u16, size: u16, features: u64, base: u16) -> RingSetup {
-        let at = USER + RINGS * u64::from(index);
-        RingSetup { size, desc: at, avail: at + 0x8_0000, used: at + 0xa_0000, base, features }
-    }
-
-    fn driver(&mut self, index: u16, size: u16, features: u64) -> Driver {
-        let driver = self.unstarted(index, size, features);
-        self.start(index, size, features, 0, &driver);
-        driver
-    }
-
-    fn unstarted(&self, index: u16, size: u16, features: u64) -> Driver {
-        let at = (RINGS * u64::from(index)) as usize;
-        let slice = |offset, len| GuestSlice::new(Arc::clone(&self.map), at + offset, len).unwrap();
-        let areas = Areas {
-            desc: slice(0, layout::desc_len(size)),
-            avail: slice(0x8_0000, layout::avail_len(size, true)),
-            used: slice(0xa_0000, layout::used_len(size, true)),
-            size,
-        };
-        let ring = DriverRing::new(areas, features, 0).unwrap();
-        let next = GUEST + (16 << 20) + u64::from(index) * (8 << 20);
-        Driver { ring, kick: eventfd(), call: eventfd(), err: eventfd(), next }
-    }
-
-    fn start(&mut self, index: u16, size: u16, features: u64, base: u16, driver: &Driver) {
-        let setup = self.setup(index, size, features, base);
-        let notifiers = Notifiers {
-            kick: Some(driver.kick.try_clone().unwrap()),
-            call: Some(driver.call.try_clone().unwrap()),
-            err: Some(driver.err.try_clone().unwrap()),
-        };
-        self.queues.start(index, setup, true, notifiers).unwrap();
-    }
-
-    fn put(&self, at: u64, bytes: &[u8]) {
-        self.memory.write(at, bytes).unwrap();
-    }
-
-    fn get(&self, at: u64, len: usize) -> Vec<u8> {
-        let mut bytes = vec![0; len];
-        self.memory.read(at, &mut bytes).unwrap();
-        bytes
-    }
-}
-
-fn region() -> RegionSpec {
-    RegionSpec { guest_addr: GUEST, size: LEN, user_addr: USER, mmap_offset: 0 }
-}
-
-fn header(kind: u32, sector: u64) -> Vec<u8> {
-    [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat()
-}
-
-fn range(sector: u64, num_sectors: u32, flags: u32) -> Vec<u8> {
-    [&sector.to_le_bytes()[..], &num_sectors.to_le_bytes(), &flags.to_le_bytes()].concat()
-}
-
-impl Driver {
-    fn room(&mut self, len: usize) -> u64 {
-        let at = self.next;
-        self.next += (len as u64).next_multiple_of(512);
-        at
-    }
-
-    fn kick(&self) {
-        eventfd::signal(self.kick.as_fd()).unwrap();
-    }
-
-    /// Publishes and waits for the next used chain.
-    fn run(&mut self) -> (u16, u32) {
-        if self.ring.publish().unwrap() {
-            self.kick();
-        }
-        self.reap()
-    }
-
-    fn reap(&mut self) -> (u16, u32) {
-        loop {
-            if let Some(used) = self.ring.reap().unwrap() {
-                return used;
-            }
-            if !self.ring.enable_calls(1).unwrap() {
-                assert!(eventfd::poll_readable(self.call.as_fd(), Some(LIMIT)).unwrap(), "no call in time");
-                eventfd::drain(self.call.as_fd()).unwrap();
-            }
-        }
-    }
-
-    /// One request: readable bytes, room to write; returns the status, what was written and the used length.
-    fn request(&mut self, host: &Host, readable: &[u8], room: usize) -> (u8, Vec<u8>, u32) {
-        let (from, to) = (self.room(readable.len()), self.room(room + 1));
-        host.put(from, readable);
-        host.put(to + room as u64, &[0xff]);
-        let segments = [
-            Segment { addr: from, len: readable.len() as u32, writable: false },
-            Segment { addr: to, len: room as u32 + 1, writable: true },
-        ];
-        self.ring.add(&segments).unwrap();
-        let (_, written) = self.run();
-        let bytes = host.get(to, room + 1);
-        (bytes[room], bytes[..room].to_vec(), written)
-    }
-
-    fn write(&mut self, host: &Host, sector: u64, data: &[u8]) -> u8 {
-        self.request(host, &[&header(1, sector)[..], data].concat(), 0).0
-    }
-
-    fn read(&mut self, host: &Host, sector: u64, len: usize) -> (u8, Vec<u8>) {
-        let (status, data, _) = self.request(host, &header(0, sector), len);
-        (status, data)
-    }
-}
+use vhostuser_core::memory::{GuestMemory, GuestSlice, RegionSpec};
+use vhostuser_core::ring::{feature, layout, Segment};
+use vhostuser_core::sys::eventfd;
+use vhostuser_core::worker::{EventKind, Notifiers, QueueError};
 
 fn memory_disk() -> Spec {
     Spec::memory(SECTORS * 512).unwrap()
@@ -325,7 +146,10 @@ fn a_chain_that_cannot_be_answered_comes_back_empty() {
     host.put(from, &header(0, 0));
     driver.ring.add(&[Segment { addr: from, len: 16, writable: false }]).unwrap();
     assert_eq!(driver.run().1, 0);
-    driver.ring.add(&[Segment { addr: from, len: 16, writable: false }, Segment { addr: 0, len: 513, writable: true }]).unwrap();
+    driver
+        .ring
+        .add(&[Segment { addr: from, len: 16, writable: false }, Segment { addr: 0, len: 513, writable: true }])
+        .unwrap();
     assert_eq!(driver.run().1, 0, "the status byte is outside of memory");
     assert_eq!(driver.read(&host, 0, 512).0, 0, "the ring goes on");
 }
@@ -387,7 +211,10 @@ fn a_request_made_before_the_start_is_served_without_a_kick() {
     let mut driver = host.unstarted(0, 4, FEATURES);
     let (from, to) = (driver.room(16), driver.room(1));
     host.put(from, &header(4, 0));
-    driver.ring.add(&[Segment { addr: from, len: 16, writable: false }, Segment { addr: to, len: 1, writable: true }]).unwrap();
+    driver
+        .ring
+        .add(&[Segment { addr: from, len: 16, writable: false }, Segment { addr: to, len: 1, writable: true }])
+        .unwrap();
     driver.ring.publish().unwrap();
     host.start(0, 4, FEATURES, 0, &driver);
     assert_eq!(driver.reap().1, 1);
@@ -400,7 +227,10 @@ fn a_disabled_ring_is_left_alone_and_looked_at_when_enabled() {
     host.queues.enable(0, false).unwrap();
     let (from, to) = (driver.room(16), driver.room(1));
     host.put(from, &header(4, 0));
-    driver.ring.add(&[Segment { addr: from, len: 16, writable: false }, Segment { addr: to, len: 1, writable: true }]).unwrap();
+    driver
+        .ring
+        .add(&[Segment { addr: from, len: 16, writable: false }, Segment { addr: to, len: 1, writable: true }])
+        .unwrap();
     driver.ring.publish().unwrap();
     driver.kick();
     host.queues.enable(0, false).unwrap();
@@ -422,7 +252,7 @@ fn a_ring_without_a_kick_descriptor_is_polled() {
 fn a_new_call_descriptor_is_signalled_and_used() {
     let mut host = Host::new(&memory_disk(), 1, 1);
     let mut driver = host.driver(0, 4, FEATURES);
-    driver.call = eventfd();
+    driver.call = host::eventfd();
     host.queues.set_call(0, Some(driver.call.try_clone().unwrap())).unwrap();
     assert!(eventfd::poll_readable(driver.call.as_fd(), Some(LIMIT)).unwrap());
     eventfd::drain(driver.call.as_fd()).unwrap();
@@ -479,7 +309,10 @@ fn stopping_waits_for_storage_and_says_so_when_it_takes_too_long() {
     let mut driver = host.driver(0, 4, FEATURES);
     let (from, to) = (driver.room(528), driver.room(1));
     host.put(from, &[header(1, 0), vec![9; 512]].concat());
-    driver.ring.add(&[Segment { addr: from, len: 528, writable: false }, Segment { addr: to, len: 1, writable: true }]).unwrap();
+    driver
+        .ring
+        .add(&[Segment { addr: from, len: 528, writable: false }, Segment { addr: to, len: 1, writable: true }])
+        .unwrap();
     driver.ring.publish().unwrap();
     driver.kick();
     while host.queues.stats()[0].get(16) == 0 {
@@ -507,7 +340,8 @@ fn a_failed_flush_fails_every_later_one() {
 
 #[test]
 fn many_requests_on_many_rings_all_come_back_right() {
-    let shaky = Faults { delay_read: Duration::from_micros(200), delay_write: Duration::from_micros(200), ..Faults::default() };
+    let shaky =
+        Faults { delay_read: Duration::from_micros(200), delay_write: Duration::from_micros(200), ..Faults::default() };
     for (spec, poll) in [
         (memory_disk(), Duration::ZERO),
         (memory_disk(), Duration::from_micros(50)),
@@ -542,7 +376,10 @@ fn a_full_ring_of_32768_is_worked_off() {
     host.put(from, &header(4, 0));
     for round in 0..3 {
         for _ in 0..16384 {
-            driver.ring.add(&[Segment { addr: from, len: 16, writable: false }, Segment { addr: to, len: 1, writable: true }]).unwrap();
+            driver
+                .ring
+                .add(&[Segment { addr: from, len: 16, writable: false }, Segment { addr: to, len: 1, writable: true }])
+                .unwrap();
         }
         assert_eq!(driver.ring.free(), 0, "round {round}");
         driver.run();

@@ -101,10 +101,10 @@ impl Served {
         }
         self.broken = true;
         self.stats.set(Counter::Broken, 1);
+        events.push(EventKind::RingBroken, Some(self.index), broken.to_string());
         if let Some(err) = &self.err {
             let _ = eventfd::signal(err.as_fd());
         }
-        events.push(EventKind::RingBroken, Some(self.index), broken.to_string());
     }
 
     /// Empties the kick descriptor; false when it will never be readable again in a useful way.
