@@ -333,3 +333,98 @@ class DeviceRing:
     @property
     def used_index(self) -> int:
         """The used index as the driver sees it."""
+
+@final
+class RequestQueue:
+    """The driver half of one queue of a virtio disk. One thread at a time.
+
+    Ring, request headers, status bytes and indirect tables lie in `arena` from byte `offset` on, a multiple of 4096;
+    the data is the caller's. `base` is the guest address of the arena's first byte. `features`: the negotiated bits
+    (INDIRECT_DESC and EVENT_IDX matter).
+    """
+
+    @staticmethod
+    def bytes_needed(size: int, seg_max: int) -> int:
+        """What a queue of `size` descriptors takes of the arena, when a request has up to `seg_max` data segments."""
+
+    def __new__(cls, arena: Arena, *, base: int, offset: int, size: int, seg_max: int, features: int) -> Self: ...
+    @property
+    def areas(self) -> tuple[int, int, int]:
+        """Where descriptor table, available ring and used ring are in the arena."""
+
+    @property
+    def outstanding(self) -> int:
+        """Requests made and not answered."""
+
+    def has_room(self, pieces: int) -> bool:
+        """Whether a request of so many data segments can be made now."""
+
+    def submit(self, kind: int, sector: int, data: Sequence[tuple[int, int]], writable: bool, token: int) -> None:
+        """Makes a request over (guest_addr, length) pieces; not visible yet. `token` (64 bits) comes back with the answer.
+        Raises `BlockingIOError` when the queue is full, `SetupError` for too many pieces."""
+
+    def publish(self) -> bool:
+        """Makes what was submitted visible; True when the device wants to be kicked."""
+
+    def reap(self) -> list[tuple[int, int, int]]:
+        """(token, status, used length) of every request answered since; status 255: the device wrote none.
+        Raises `RemoteRingError` when the device breaks the ring's rules."""
+
+    def enable_calls(self, after: int = 1) -> bool:
+        """Asks for a call once `after` more requests are answered. True when there are so many already."""
+
+    def disable_calls(self) -> None: ...
+
+@final
+class StopFlag:
+    """Ends loads early: they make no more requests and wait for the answers. From any thread."""
+
+    def __new__(cls) -> Self: ...
+    def set(self) -> None: ...
+
+@final
+class LoadResult:
+    """What came of a load. Latencies are buckets (greatest value in ns, count), never wider than 1/64 of their value."""
+
+    reads: list[tuple[int, int]]
+    writes: list[tuple[int, int]]
+    flushes: list[tuple[int, int]]
+    errors: int
+    """Answers with another status than OK."""
+    mismatches: int
+    """With `verify`: reads that brought something else than what was written last."""
+    first_mismatch: int | None
+    """The first such block."""
+    elapsed_s: float
+    kicks: int
+    sleeps: int
+
+def run_load(
+    queue: RequestQueue,
+    *,
+    data: int,
+    address: int,
+    kick: int,
+    call: int,
+    stop: StopFlag,
+    block_size: int,
+    depth: int,
+    first_block: int,
+    num_blocks: int,
+    read_share: float = 1.0,
+    sequential: bool = False,
+    flush_every: int = 0,
+    verify: bool = False,
+    sleeping: bool = False,
+    duration_s: float = 1.0,
+    max_requests: int = ...,
+    answer_limit_s: float = 30.0,
+    seed: int = 0,
+) -> LoadResult:
+    """Keeps `depth` requests of `block_size` bytes outstanding on `queue`, on this thread; other Python threads run.
+
+    `data`, `address`: arena offset and guest address of `depth * block_size` bytes of buffers. Blocks are counted in
+    `block_size`; `read_share` is 0..1; a FLUSH follows every `flush_every` writes. `sleeping`: waits for calls instead of
+    polling. Raises `PeerGone` when the device leaves requests without an answer for `answer_limit_s`, `RemoteRingError`
+    when it breaks the ring, `SetupError` when the load fits neither buffers, queue nor (with `verify`) blocks.
+    """

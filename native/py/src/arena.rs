@@ -21,6 +21,11 @@ pub(crate) struct Arena {
 }
 
 impl Arena {
+    /// The memory.
+    pub(crate) fn mapping(&self) -> Arc<Mapping> {
+        Arc::clone(&self.map)
+    }
+
     /// A run of the arena.
     pub(crate) fn slice(&self, offset: usize, len: usize) -> Fallible<GuestSlice> {
         GuestSlice::new(Arc::clone(&self.map), offset, len)

@@ -93,7 +93,7 @@ impl Chain {
         self.held.writable()
     }
 
-    #[pyo3(signature = (length = -1))]
+    #[pyo3(signature = (length = -1), text_signature = "($self, length=-1)")]
     fn read<'py>(&self, py: Python<'py>, length: i64) -> PyResult<Bound<'py, PyBytes>> {
         let offset = self.read.load(Ordering::Relaxed);
         let left = (self.held.readable() as usize).saturating_sub(offset);

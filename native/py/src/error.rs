@@ -8,6 +8,7 @@ use vhostuser_core::worker::QueueError;
 
 pyo3::import_exception!(vhostuser.errors, DrainTimeout);
 pyo3::import_exception!(vhostuser.errors, GuestMemoryError);
+pyo3::import_exception!(vhostuser.errors, PeerGone);
 pyo3::import_exception!(vhostuser.errors, RemoteRingError);
 pyo3::import_exception!(vhostuser.errors, SetupError);
 
@@ -19,6 +20,7 @@ pub(crate) enum Failure {
     Driver(DriverError),
     Broken(Broken),
     Setup(String),
+    Silent(String),
 }
 
 /// What every fallible method of this crate returns.
@@ -29,6 +31,7 @@ impl From<Failure> for PyErr {
         match failure {
             Failure::Io(error) => error.into(),
             Failure::Memory(why) => GuestMemoryError::new_err(why),
+            Failure::Silent(why) => PeerGone::new_err(why),
             Failure::Setup(why) => SetupError::new_err(why),
             Failure::Queue(error @ QueueError::Setup(_)) => SetupError::new_err(error.to_string()),
             Failure::Queue(error @ QueueError::DrainTimeout) => DrainTimeout::new_err(error.to_string()),

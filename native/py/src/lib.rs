@@ -4,6 +4,7 @@
 
 mod arena;
 mod chains;
+mod client;
 mod device;
 mod driver;
 mod engine;
@@ -26,5 +27,9 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<arena::Arena>()?;
     module.add_class::<driver::DriverRing>()?;
     module.add_class::<device::DeviceRing>()?;
+    module.add_class::<client::RequestQueue>()?;
+    module.add_class::<client::StopFlag>()?;
+    module.add_class::<client::LoadResult>()?;
+    module.add_function(wrap_pyfunction!(client::run_load, module)?)?;
     Ok(())
 }

@@ -24,7 +24,7 @@ fn region(tuple: RegionTuple) -> std::io::Result<(RegionSpec, OwnedFd)> {
 #[pymethods]
 impl GuestMemory {
     #[new]
-    #[pyo3(signature = (regions = Vec::new()))]
+    #[pyo3(signature = (regions = Vec::new()), text_signature = "(regions=())")]
     fn new(regions: Vec<RegionTuple>) -> Fallible<Self> {
         let regions = regions.into_iter().map(region).collect::<Result<Vec<_>, _>>()?;
         let table = core::GuestMemory::new(regions.iter().map(|(spec, fd)| (*spec, fd.as_fd())))?;

@@ -163,7 +163,10 @@ impl BlockQueues {
     #[new]
     #[pyo3(signature = (engine, *, num_queues, num_workers, num_sectors, block_size = 512, read_only = false,
         writeback = true, device_id = b"".as_slice(), poll_us = 0, max_discard_sectors = 0, max_discard_seg = 0,
-        max_write_zeroes_sectors = 0, max_write_zeroes_seg = 0))]
+        max_write_zeroes_sectors = 0, max_write_zeroes_seg = 0),
+        text_signature = "(engine, *, num_queues, num_workers, num_sectors, block_size=512, read_only=False, \
+            writeback=True, device_id=b'', poll_us=0, max_discard_sectors=0, max_discard_seg=0, \
+            max_write_zeroes_sectors=0, max_write_zeroes_seg=0)")]
     #[allow(clippy::too_many_arguments)] // keyword arguments of the Python side
     fn new(
         engine: &EngineSpec,
