@@ -6,20 +6,15 @@ configuration changed" also speaks for all later changes.
 
 from __future__ import annotations
 
-import errno
 import os
-import select
-import socket
-import stat
 from typing import TYPE_CHECKING
 
 from vhostuser.errors import PeerGone
 from vhostuser.protocol import BackendRequest, Connection, Message, Role
+from vhostuser.transport import Transport
 
 if TYPE_CHECKING:
     from vhostuser.fds import Fd
-
-READ_SIZE = 4096
 
 
 class Channel:
@@ -30,15 +25,17 @@ class Channel:
     """
 
     def __init__(self, fd: Fd, main: Connection[Fd]) -> None:
-        """Takes ``fd``; ``main`` is the connection it came over, whose negotiation holds here, too."""
-        self._fd = fd
+        """Takes ``fd``; ``main`` is the connection it came over, whose negotiation holds here, too.
+
+        Raises `SetupError` when ``fd`` is neither a socket nor a pipe.
+        """
+        self._transport = Transport.over(fd)
         self._connection: Connection[Fd] = Connection(Role.BACKEND, nested=True, main=main)
-        self._is_socket = stat.S_ISSOCK(os.fstat(fd.fileno()).st_mode)
         self._pending = b""
 
     def fileno(self) -> int:
         """The descriptor, for a selector."""
-        return self._fd.fileno()
+        return self._transport.fileno()
 
     @property
     def waiting(self) -> bool:
@@ -48,7 +45,7 @@ class Channel:
     @property
     def readable(self) -> bool:
         """Whether the peer can say anything here: a pipe goes one way."""
-        return self._is_socket
+        return self._transport.receives
 
     def config_changed(self) -> None:
         """Send CONFIG_CHANGE_MSG, or keep it until the peer reads. Raises `PeerGone` when there is no peer any more."""
@@ -61,9 +58,11 @@ class Channel:
         """Write what is kept, as far as the peer lets us. Raises `PeerGone`."""
         try:
             while self._pending:
-                self._pending = self._pending[self._write(self._pending) :]
+                self._pending = self._pending[self._transport.send_some(self._pending) :]
         except BlockingIOError:
             return
+        except PeerGone:
+            raise
         except OSError as error:
             raise PeerGone(f"the back-end channel cannot be written: {os.strerror(error.errno or 0)}") from error
 
@@ -72,36 +71,27 @@ class Channel:
 
         Raises `PeerGone` when it closed the channel, `RemoteProtocolError` for any message: nothing was asked of it.
         """
-        with socket.socket(fileno=os.dup(self.fileno())) as own:
-            try:
-                data = own.recv(READ_SIZE, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                raise PeerGone(f"the back-end channel cannot be read: {os.strerror(error.errno or 0)}") from error
+        try:
+            data, fds = self._transport.receive(self._connection.want, wait=False)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise PeerGone(f"the back-end channel cannot be read: {os.strerror(error.errno or 0)}") from error
         if not data:
             raise PeerGone("the front-end closed the back-end channel")
-        self._connection.receive(data)
-        self._connection.next_event()
+        self._connection.receive(data, fds)
+        try:
+            self._connection.next_event()
+        finally:
+            for fd in self._connection.refused_fds():
+                fd.close()
 
     def step(self) -> None:
         """Do whatever the descriptor is ready for. Raises as `receive` and `flush` do."""
-        if self._is_socket:
+        if self._transport.receives:
             self.receive()
         self.flush()
 
     def close(self) -> None:
         """Close the descriptor. Idempotent."""
-        self._fd.close()
-
-    def _write(self, data: bytes) -> int:
-        if self._is_socket:
-            with socket.socket(fileno=os.dup(self.fileno())) as own:
-                return own.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        # The pipe may be blocking and its flags belong to the peer, too; one that polls writable takes a page at once.
-        poll = select.poll()
-        poll.register(self.fileno(), select.POLLOUT)
-        events = poll.poll(0)
-        if not events:
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        return os.write(self.fileno(), data)
+        self._transport.close()

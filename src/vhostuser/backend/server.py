@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Final, Self
 from vhostuser.backend.session import MAX_MEM_SLOTS, Session
 from vhostuser.errors import VhostUserError
 from vhostuser.fds import Fd
-from vhostuser.transport import Listener
+from vhostuser.transport import Listener, Transport
 
 if TYPE_CHECKING:
     from vhostuser.backend.device import Device
-    from vhostuser.transport import Transport
 
 FDS_PER_REGION: Final = 3
 """One received, one duplicated for the mapping, and those of the table that is being replaced."""
@@ -46,12 +45,12 @@ class Server:
 
         ``once``: end when the first front-end has left. The device stays the caller's.
         """
+        self._wake = Fd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         self._device = device
-        self._endpoint = endpoint
         self._listener = endpoint if isinstance(endpoint, Listener) else None
+        self._only = endpoint if isinstance(endpoint, Transport) else None
         self._once = once or self._listener is None
         self._drain_timeout_s = drain_timeout_s
-        self._wake = Fd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))  # until we are forgotten: `stop` may come late
         self._stopping = threading.Event()
         self._session: Session | None = None
         self._session_thread: threading.Thread | None = None
@@ -60,6 +59,9 @@ class Server:
         self._waiting_until = 0.0
         self._served = False
         self._thread: threading.Thread | None = None
+
+    def __del__(self) -> None:
+        self._wake.close()  # not sooner: `stop` may come at any time, also from a signal handler
 
     @property
     def connected(self) -> bool:
@@ -76,10 +78,10 @@ class Server:
         with selectors.DefaultSelector() as selector:
             try:
                 selector.register(self._wake, selectors.EVENT_READ)
-                if isinstance(self._endpoint, Listener):
-                    selector.register(self._endpoint, selectors.EVENT_READ)
-                else:
-                    self._begin(self._endpoint)
+                if self._listener is not None:
+                    selector.register(self._listener, selectors.EVENT_READ)
+                if self._only is not None:
+                    self._begin(self._only)
                 while not self._stopping.is_set() and not (self._once and self._served and self._session is None):
                     for key, _ in selector.select(self._patience()):
                         if key.fileobj is self._wake:
@@ -192,7 +194,8 @@ class Server:
             self._session.stop()
         if self._waiting is not None:
             self._refuse(self._waiting, "the server ends")
-        self._endpoint.close()
+        if self._listener is not None:
+            self._listener.close()
         if self._session_thread is not None:
             self._session_thread.join()
             self._session_thread = self._session = None
