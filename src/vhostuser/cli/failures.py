@@ -30,6 +30,12 @@ verbose_option = click.option(
 )
 """For every command."""
 
+
+def verbose() -> bool:
+    """Whether ``-v`` was given to the command that runs."""
+    return bool(click.get_current_context().meta.get(VERBOSE))
+
+
 ADVICE = {
     errno.ENOENT: "Check the path",
     errno.ENOTDIR: "Check the path",

@@ -14,7 +14,7 @@ from xml.sax.saxutils import quoteattr
 import click
 
 from vhostuser.cli import failures
-from vhostuser.errors import UsageError
+from vhostuser.errors import UsageError, VhostUserError
 
 RECONNECT_MS = 1000
 
@@ -142,7 +142,13 @@ def command(socket: str, kind: str, queues: int | None, memory: str, qemu_versio
 
 def served_queues(socket: str) -> int:
     """The queues of the disk behind ``socket``, asked through its control socket; 1 when nobody answers."""
-    return 1
+    from vhostuser.cli import asking  # not when --queues says it
+
+    try:
+        with asking.connect(socket, None) as client:
+            return int(str(asking.ask(client, "disk.info")["num_queues"]))
+    except (VhostUserError, OSError, KeyError, ValueError):
+        return 1
 
 
 def _version(text: str | None) -> tuple[int, int] | None:

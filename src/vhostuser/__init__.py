@@ -1,0 +1,140 @@
+"""Virtual disks for virtual machines, from Python. Public names, each imported when it is first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vhostuser._native import Chain, ChainQueues, GuestMemory
+    from vhostuser.backend import ConfigNotice, Device, Server
+    from vhostuser.blk import BlockDevice
+    from vhostuser.control import ControlClient, ControlServer, disk_methods
+    from vhostuser.disks import (
+        Capability,
+        Disk,
+        Faults,
+        FaultyDisk,
+        FileDisk,
+        Limits,
+        MemoryDisk,
+        NativeDisk,
+        NullDisk,
+        open_disk,
+        parse_size,
+    )
+    from vhostuser.errors import (
+        ConfigRefused,
+        DrainTimeout,
+        GuestMemoryError,
+        LocalProtocolError,
+        OperatorError,
+        PeerGone,
+        ProtocolError,
+        RemoteProtocolError,
+        RemoteRingError,
+        SetupError,
+        UsageError,
+        VhostUserError,
+    )
+    from vhostuser.fds import Fd
+    from vhostuser.transport import Listener, Transport, adopt, connect, listen
+    from vhostuser.virtio.blk import BlkFeature
+    from vhostuser.virtio.features import RingFeature
+
+_HOMES = {
+    "_native": ("Chain", "ChainQueues", "GuestMemory"),
+    "backend": ("ConfigNotice", "Device", "Server"),
+    "blk": ("BlockDevice",),
+    "control": ("ControlClient", "ControlServer", "disk_methods"),
+    "disks": (
+        "Capability",
+        "Disk",
+        "Faults",
+        "FaultyDisk",
+        "FileDisk",
+        "Limits",
+        "MemoryDisk",
+        "NativeDisk",
+        "NullDisk",
+        "open_disk",
+        "parse_size",
+    ),
+    "errors": (
+        "ConfigRefused",
+        "DrainTimeout",
+        "GuestMemoryError",
+        "LocalProtocolError",
+        "OperatorError",
+        "PeerGone",
+        "ProtocolError",
+        "RemoteProtocolError",
+        "RemoteRingError",
+        "SetupError",
+        "UsageError",
+        "VhostUserError",
+    ),
+    "fds": ("Fd",),
+    "transport": ("Listener", "Transport", "adopt", "connect", "listen"),
+    "virtio.blk": ("BlkFeature",),
+    "virtio.features": ("RingFeature",),
+}
+_HOME_OF = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "BlkFeature",
+    "BlockDevice",
+    "Capability",
+    "Chain",
+    "ChainQueues",
+    "ConfigNotice",
+    "ConfigRefused",
+    "ControlClient",
+    "ControlServer",
+    "Device",
+    "Disk",
+    "DrainTimeout",
+    "Faults",
+    "FaultyDisk",
+    "Fd",
+    "FileDisk",
+    "GuestMemory",
+    "GuestMemoryError",
+    "Limits",
+    "Listener",
+    "LocalProtocolError",
+    "MemoryDisk",
+    "NativeDisk",
+    "NullDisk",
+    "OperatorError",
+    "PeerGone",
+    "ProtocolError",
+    "RemoteProtocolError",
+    "RemoteRingError",
+    "RingFeature",
+    "Server",
+    "SetupError",
+    "Transport",
+    "UsageError",
+    "VhostUserError",
+    "adopt",
+    "connect",
+    "disk_methods",
+    "listen",
+    "open_disk",
+    "parse_size",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Imports a public name from its home at its first use, so that a program imports only what it needs."""
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
