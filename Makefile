@@ -38,7 +38,7 @@ help:
 
 .venv/.native: .venv/.dev $(NATIVE_SOURCES)
 	@tools/check-rust
-	$(BIN)/maturin develop --profile quick --quiet
+	PIP_QUIET=1 $(BIN)/maturin develop --profile quick --quiet
 	@touch $@
 
 build: .venv/.native
