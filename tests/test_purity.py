@@ -20,7 +20,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "fds": (),
     "protocol": ("errors", "protocol", "virtio"),
     "virtio": ("virtio",),
-    "transport": ("errors", "fds", "protocol"),
+    "socketpath": ("errors", "fds"),
+    "transport": ("errors", "fds", "protocol", "socketpath"),
     "backend": ("errors", "fds", "protocol", "virtio", "transport", "_native", "backend"),
     "frontend": ("errors", "fds", "protocol", "virtio", "transport", "_native", "frontend"),
     "disks": ("errors", "fds", "_native", "disks"),
@@ -33,7 +34,7 @@ PURE = ("errors", "protocol", "virtio")
 NOT_BELOW_TRANSPORT = frozenset({"socket", "socketserver", "asyncio"})
 """Only `transport` touches the control socket; whoever imports these in another part shows why, below."""
 
-MAY_TOUCH_SOCKETS = ("transport", "cli", "control", "systemd")
+MAY_TOUCH_SOCKETS = ("transport", "socketpath", "cli", "control", "systemd")
 
 
 def modules() -> list[Path]:

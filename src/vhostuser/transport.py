@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import array
 import errno
-import grp
 import os
 import secrets
 import select
@@ -21,15 +20,13 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self
 
-from vhostuser.errors import LocalProtocolError, OperatorError, PeerGone, RemoteProtocolError, UsageError
+from vhostuser import socketpath
+from vhostuser.errors import LocalProtocolError, OperatorError, PeerGone, RemoteProtocolError, SetupError, UsageError
 from vhostuser.fds import Fd
 from vhostuser.protocol.ids import MAX_FDS
 
 SEND_TIMEOUT_S: Final = 30.0
 """How long a peer may leave its end unread before it counts as gone."""
-
-MAX_PATH: Final = 107
-"""The longest socket path, in bytes: sun_path less its terminating zero."""
 
 PIPE_CHUNK: Final = 4096
 """What a pipe that polls writable takes at once without blocking (pipe(7), PIPE_BUF)."""
@@ -44,8 +41,21 @@ class Transport:
         self._send_timeout_s = send_timeout_s
 
     @staticmethod
+    def over(fd: Fd, *, send_timeout_s: float = SEND_TIMEOUT_S) -> Transport:
+        """Return a transport over what came with SET_BACKEND_REQ_FD: a socket, or the write end of a pipe (UML).
+
+        Takes over ``fd``. Raises `SetupError`, and leaves it with the caller, when it is neither.
+        """
+        kind = os.fstat(fd.fileno()).st_mode
+        if stat.S_ISFIFO(kind):
+            return Transport.over_pipe(fd, send_timeout_s=send_timeout_s)
+        if not stat.S_ISSOCK(kind):
+            raise SetupError("the back-end channel is neither a socket nor a pipe")
+        return Transport(socket.socket(fileno=fd.detach()), send_timeout_s=send_timeout_s)
+
+    @staticmethod
     def over_pipe(fd: Fd, *, send_timeout_s: float = SEND_TIMEOUT_S) -> Transport:
-        """Return a transport that only sends, and takes over ``fd``: UML's back-end channel is a pipe."""
+        """Return a transport that only sends. Takes over ``fd``, the write end of a pipe."""
         return _PipeTransport(fd, send_timeout_s=send_timeout_s)
 
     @property
@@ -57,18 +67,21 @@ class Transport:
         """Return the descriptor, to wait on; -1 once closed."""
         return self._socket.fileno()
 
-    def receive(self, want: int) -> tuple[bytes, list[Fd]]:
+    def receive(self, want: int, *, wait: bool = True) -> tuple[bytes, list[Fd]]:
         """Return 1 to ``want`` bytes and the descriptors that came with them; no bytes when the peer closed its end.
 
-        Blocks until there is something. Raises `RemoteProtocolError` when descriptors were cut off; those that came
-        are closed then.
+        Blocks until there is something, or raises `BlockingIOError` when it is not to ``wait``. Raises
+        `RemoteProtocolError` when descriptors were cut off; those that came are closed then.
         """
+        how = socket.MSG_CMSG_CLOEXEC | (0 if wait else socket.MSG_DONTWAIT)
         space = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
         while True:
             try:
-                data, ancillary, flags, _ = self._socket.recvmsg(want, space, socket.MSG_CMSG_CLOEXEC)
+                data, ancillary, flags, _ = self._socket.recvmsg(want, space, how)
                 break
             except BlockingIOError:
+                if not wait:
+                    raise
                 self._wait(select.POLLIN, None)
             except ConnectionResetError:  # it closed its end with our bytes unread
                 return b"", []
@@ -91,16 +104,23 @@ class Transport:
         rest = memoryview(data)
         while rest:
             try:
-                sent = self._send_some(rest, fds)
+                sent = self.send_some(rest, fds)
             except BlockingIOError:
                 self._wait(select.POLLOUT, deadline)
                 continue
-            except (BrokenPipeError, ConnectionResetError) as error:
-                raise PeerGone("the peer closed the connection") from error
             rest, fds = rest[sent:], ()
 
-    def _send_some(self, data: memoryview, fds: Sequence[Fd]) -> int:
-        """Send what can be sent without waiting; raise `BlockingIOError` when that is nothing."""
+    def send_some(self, data: bytes | memoryview, fds: Sequence[Fd] = ()) -> int:
+        """Send what can be sent without waiting, and return how many bytes that were: at least one.
+
+        Raises `BlockingIOError` when the peer takes nothing now, and `PeerGone` when it closed its end.
+        """
+        try:
+            return self._write(data, fds)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise PeerGone("the peer closed the connection") from error
+
+    def _write(self, data: bytes | memoryview, fds: Sequence[Fd]) -> int:
         numbers = array.array("i", [fd.fileno() for fd in fds])
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers)] if fds else []
         return self._socket.sendmsg([data], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
@@ -146,10 +166,10 @@ class _PipeTransport(Transport):
     def fileno(self) -> int:
         return -1 if self._pipe.closed else self._pipe.fileno()
 
-    def receive(self, want: int) -> tuple[bytes, list[Fd]]:
+    def receive(self, want: int, *, wait: bool = True) -> tuple[bytes, list[Fd]]:
         raise LocalProtocolError("nothing can be received through the write end of a pipe")
 
-    def _send_some(self, data: memoryview, fds: Sequence[Fd]) -> int:
+    def _write(self, data: bytes | memoryview, fds: Sequence[Fd]) -> int:
         if fds:
             raise LocalProtocolError("no descriptor can be sent through a pipe")
         poll = select.poll()
@@ -191,7 +211,7 @@ class Listener:
     def close(self) -> None:
         """Stop listening, and remove the socket's file if it still is the one made here. Idempotent."""
         identity, self._identity = self._identity, None
-        if self.path is not None and identity is not None and _identity(self.path) == identity:
+        if self.path is not None and identity is not None and socketpath.identity(self.path) == identity:
             with suppress(FileNotFoundError):
                 os.unlink(self.path)
         self._socket.close()
@@ -209,7 +229,7 @@ def connect(path: str, timeout_s: float = 10.0, *, send_timeout_s: float = SEND_
     Blocks while the listener's queue is full, at most ``timeout_s`` (`PeerGone`). Raises `OperatorError` when nobody
     listens there.
     """
-    address = _address(path)
+    address = socketpath.address(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _limit_connect(sock, timeout_s)
@@ -250,22 +270,22 @@ def listen(path: str, mode: int = 0o600, group: str | int | None = None, backlog
     The file is made under a temporary name, with its final mode and group, and then takes the place of a stale socket
     in one step. Raises `OperatorError` when somebody listens there already or the file cannot be made.
     """
-    address = _address(path)
-    gid = _gid(group)
+    address = socketpath.address(path)
+    gid = socketpath.gid(group)
     if path.startswith("@"):
         return _listen_abstract(path, address, backlog)
-    _refuse_occupied(path)
-    temporary = f"{path}.{secrets.token_hex(4)}"
+    socketpath.refuse_occupied(path)
+    temporary = os.path.join(os.path.dirname(path), f".{secrets.token_hex(4)}.socket")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         os.fchmod(sock.fileno(), mode & 0o600)  # Linux makes the file with the mode of the socket
-        _bind(sock, temporary)
+        socketpath.bind(sock, temporary)
         try:
             if gid is not None:
                 os.chown(temporary, -1, gid)
             os.chmod(temporary, mode)
             sock.listen(backlog)
-            identity = _identity(temporary)
+            identity = socketpath.identity(temporary)
             os.rename(temporary, path)
         except OSError:
             with suppress(FileNotFoundError):
@@ -289,33 +309,6 @@ def _listen_abstract(path: str, address: str, backlog: int) -> Listener:
         cause = "another program listens on it" if taken else os.strerror(error.errno or 0)
         raise OperatorError(path, cause, "Stop that program, or choose another name") from error
     return Listener(sock, path)
-
-
-def _bind(sock: socket.socket, path: str) -> None:
-    """Bind to ``path``, which may be longer than an address: the directory is then named by a descriptor."""
-    if len(os.fsencode(path)) <= MAX_PATH:
-        sock.bind(path)
-        return
-    directory, name = os.path.split(path)
-    with Fd(os.open(directory or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as at:
-        sock.bind(f"/proc/self/fd/{at.fileno()}/{name}")
-
-
-def _refuse_occupied(path: str) -> None:
-    """Raise `OperatorError` unless ``path`` is free or a socket on which nobody listens any more."""
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise OperatorError(path, os.strerror(error.errno or 0), "Choose another path") from error
-    if not stat.S_ISSOCK(found.st_mode):
-        raise OperatorError(path, "there is a file that is no socket", "Remove it, or choose another path")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        code = probe.connect_ex(path)
-    if code not in (errno.ECONNREFUSED, errno.ENOENT):  # a full queue and a missing permission are signs of life, too
-        raise OperatorError(path, "another program listens on it", "Stop that program, or choose another path")
 
 
 def adopt(fd: int | Fd, *, send_timeout_s: float = SEND_TIMEOUT_S) -> Listener | Transport:
@@ -349,37 +342,6 @@ def _adopt_advice(error: OSError) -> tuple[str, str]:
         case errno.ENOTCONN:
             return "it neither listens nor is connected", "Call listen() or connect() on it first"
     return os.strerror(error.errno or 0), "Pass an AF_UNIX socket of SOCK_STREAM"
-
-
-def _address(path: str) -> str:
-    """Return the address that ``path`` names. Raises `UsageError` when there can be none."""
-    length = len(os.fsencode(path))
-    if length > MAX_PATH:
-        raise UsageError(path, f"socket paths have at most {MAX_PATH} bytes, not {length}", "Choose a shorter path")
-    if not path or path == "@" or "\0" in path:
-        raise UsageError(repr(path), "this cannot be a socket path", "Give a path, or @name for an abstract socket")
-    return f"\0{path[1:]}" if path.startswith("@") else path
-
-
-def _gid(group: str | int | None) -> int | None:
-    """Return the number of a group. Raises `UsageError` when there is none of that name."""
-    if group is None or isinstance(group, int):
-        return group
-    try:
-        return grp.getgrnam(group).gr_gid
-    except KeyError as error:
-        if group.isdecimal():
-            return int(group)
-        raise UsageError(f"group {group}", "there is no such group", "Give the name or number of a group") from error
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    """Return device and inode of the file at ``path`` itself, or None."""
-    try:
-        found = os.lstat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def _descriptors(ancillary: Iterable[tuple[int, int, bytes]]) -> list[Fd]:
