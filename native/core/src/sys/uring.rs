@@ -4,6 +4,10 @@
 //! outcome, so the kernel never works on memory that was freed; dropping a ring waits for what is under way.
 #![allow(unsafe_code)]
 
+mod setup;
+#[cfg(test)]
+mod tests;
+
 use std::collections::VecDeque;
 use std::fmt;
 use std::io;
@@ -11,8 +15,10 @@ use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
-use io_uring::{opcode, squeue, Builder, EnterFlags, IoUring, Probe};
+use io_uring::{opcode, squeue, EnterFlags, IoUring};
 
+pub use self::setup::probe;
+use self::setup::{build, Posting, POSTINGS};
 use super::eventfd::poll_readable;
 use super::fd::require_pollable;
 use super::poll::remaining;
@@ -109,6 +115,8 @@ pub struct Ring<T> {
     in_flight: usize,
     /// Entries that found no room; none is ever lost.
     backlog: VecDeque<squeue::Entry>,
+    /// The kernel did not take everything the last time.
+    refused: bool,
     finished: VecDeque<(T, Outcome)>,
     watches: Vec<Watch>,
     unarmed: Vec<u32>,
@@ -128,12 +136,17 @@ impl<T> Ring<T> {
     /// A ring for the calling thread, which alone uses and drops it. Fails as the kernel does: `ENOSYS`, `EPERM`
     /// where io_uring is switched off, `ENOMEM`.
     pub fn new() -> io::Result<Self> {
+        Self::posting(&POSTINGS)
+    }
+
+    fn posting(postings: &[Posting]) -> io::Result<Self> {
         Ok(Self {
-            ring: build(ENTRIES, COMPLETIONS)?,
+            ring: build(ENTRIES, COMPLETIONS, postings)?,
             slots: Vec::new(),
             free: Vec::new(),
             in_flight: 0,
             backlog: VecDeque::new(),
+            refused: false,
             finished: VecDeque::new(),
             watches: Vec::new(),
             unarmed: Vec::new(),
@@ -189,6 +202,12 @@ impl<T> Ring<T> {
 
     /// Hands over what is queued. What the kernel has no room for now stays queued for the next time.
     pub fn submit(&mut self) -> io::Result<()> {
+        let result = self.hand_over();
+        self.refused = !self.backlog.is_empty() || self.queued() > 0;
+        result
+    }
+
+    fn hand_over(&mut self) -> io::Result<()> {
         loop {
             self.refill();
             let before = self.queued();
@@ -210,9 +229,10 @@ impl<T> Ring<T> {
         }
     }
 
-    /// Looks for what has ended; enters the kernel only when it has said that it holds something back.
+    /// Looks for what has ended; enters the kernel only when it has said that it holds something back, or did not
+    /// take what it was handed.
     pub fn look(&mut self) {
-        if self.wants_entering() {
+        if self.refused || self.wants_entering() {
             // An error comes again at the next `submit` or `wait`, where it is told.
             let _ = self.submit();
         }
@@ -427,58 +447,4 @@ fn keep(kept: &mut Vec<IoVec>, runs: &[IoVec]) -> (*const libc::iovec, u32) {
     kept.clear();
     kept.extend_from_slice(runs);
     (kept.as_ptr().cast(), runs.len() as u32)
-}
-
-/// The best ring that the kernel makes.
-fn build(entries: u32, completions: u32) -> io::Result<IoUring> {
-    // Linux 6.1: completions are posted when this thread asks, and a flag says when there are any.
-    let deferred = |builder: &mut Builder| {
-        builder.setup_submit_all().setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
-    };
-    // Linux 5.19: no interrupts for them.
-    let cooperative = |builder: &mut Builder| {
-        builder.setup_submit_all().setup_coop_taskrun().setup_taskrun_flag();
-    };
-    let plain = |_: &mut Builder| {};
-    let choices: [&dyn Fn(&mut Builder); 3] = [&deferred, &cooperative, &plain];
-    let mut refusal = io::Error::from_raw_os_error(libc::EINVAL);
-    for choice in choices {
-        let mut builder = IoUring::builder();
-        builder.setup_clamp().setup_cqsize(completions);
-        choice(&mut builder);
-        match builder.build(entries) {
-            Ok(ring) if ring.params().is_feature_ext_arg() && ring.params().is_feature_nodrop() => return Ok(ring),
-            Ok(_) => return Err(io::Error::from_raw_os_error(libc::ENOSYS)),
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => refusal = error,
-            Err(error) => return Err(error),
-        }
-    }
-    Err(refusal)
-}
-
-/// Whether io_uring works here, with all it takes. Otherwise the reason: `ENOSYS`, `EPERM`, `EACCES` where it is
-/// switched off or filtered, `EOPNOTSUPP` for a kernel that lacks an operation.
-pub fn probe() -> io::Result<()> {
-    let mut ring = build(8, 16)?;
-    let mut probe = Probe::new();
-    ring.submitter().register_probe(&mut probe)?;
-    let needed = [
-        opcode::Read::CODE,
-        opcode::Readv::CODE,
-        opcode::Write::CODE,
-        opcode::Writev::CODE,
-        opcode::Fsync::CODE,
-        opcode::Fallocate::CODE,
-        opcode::PollAdd::CODE,
-        opcode::PollRemove::CODE,
-    ];
-    if !needed.iter().all(|&code| probe.is_supported(code)) {
-        return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
-    }
-    // A filter may allow the set-up and refuse the use.
-    // SAFETY: the entry names no memory.
-    if unsafe { ring.submission().push(&opcode::Nop::new().build()) }.is_err() {
-        return Err(io::Error::from_raw_os_error(libc::EBUSY));
-    }
-    ring.submit_and_wait(1).map(drop)
 }

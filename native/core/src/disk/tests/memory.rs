@@ -10,7 +10,7 @@ fn random_operations_and_sizes_match_a_plain_array() {
     let mut engines = [spec.build().unwrap(), spec.build().unwrap()];
     let memory = AlignedBuffer::new(2 * SIZE, 4096).unwrap();
     let mut model = vec![0_u8; SIZE];
-    let numbers = pattern(8 * 4000, 5);
+    let numbers = pattern(8 * 1500, 5);
     for (round, number) in numbers.chunks(8).enumerate() {
         let wide = |at: usize| usize::from(number[at]) << 8 | usize::from(number[at + 1]);
         let at = wide(0) * 16 % model.len();
