@@ -16,7 +16,7 @@ from .processes import Child, ChildError, Deadline, readable
 from .streams import CommandError, Listener, Qmp, Result, Shell
 
 MIB: Final = 1 << 20
-BOOT_S: Final = 60.0
+BOOT_S: Final = 40.0
 START_S: Final = 30.0
 COMMAND_S: Final = 60.0
 POLL_S: Final = 0.05  # a file cannot be waited for: how often the console is looked at
@@ -156,11 +156,16 @@ class Guest:
 
     def console_tail(self) -> str:
         """The end of `console`."""
-        return self.console()[-3000:]
+        return self.console()[-2000:]
 
     def reset(self) -> None:
         """Reset the machine as its button would, and wait for the guest to start again."""
         self.qmp.command("system_reset")
+        self.wait_ready()
+
+    def reboot(self) -> None:
+        """Have the guest reboot itself, file systems synced but not unmounted, and wait for it to start again."""
+        self.shell.post("sync; reboot -f")
         self.wait_ready()
 
     def plug(self, disk: Disk, port: str = "port0") -> None:

@@ -177,6 +177,10 @@ class Shell:
                 self._boot = found[1].decode()
                 return
 
+    def post(self, script: str) -> None:
+        """Have ``script`` run without waiting for an answer: for what ends the guest."""
+        self._stream.send(f"posted {base64.b64encode(script.encode()).decode()}\n".encode())
+
     def attempt(self, script: str, limit_s: float) -> Result:
         """Run ``script`` with busybox's shell; returns its exit status and what it wrote to both outputs."""
         self._number += 1

@@ -49,18 +49,18 @@ def test_a_file_system_synced_but_not_unmounted_survives_the_kill_of_its_machine
 def test_discarded_space_is_given_back_to_the_host(serve: Serve, boot: Boot, image: Path) -> None:
     guest = boot(Disk(serve(image).socket))
     guest.run("mke2fs -q -t ext4 -E nodiscard /dev/vda && mount /dev/vda /mnt")
-    guest.run("head -c 30000000 /dev/urandom >/mnt/big && head -c 100000 /dev/urandom >/mnt/kept && sync")
+    guest.run("head -c 12000000 /dev/urandom >/mnt/big && head -c 100000 /dev/urandom >/mnt/kept && sync")
     sums = guest.run("sha256sum /mnt/kept")
     full = allocated(image)
-    assert full > 30_000_000
+    assert full > 12_000_000
     guest.run("rm /mnt/big && sync && fstrim -v /mnt")
     trimmed = allocated(image)
-    assert trimmed < full - 28_000_000, f"{full} bytes before the trim, {trimmed} after it"
+    assert trimmed < full - 11_000_000, f"{full} bytes before the trim, {trimmed} after it"
     guest.run("echo 3 >/proc/sys/vm/drop_caches")
     assert guest.run("sha256sum /mnt/kept") == sums
     guest.run("umount /mnt && e2fsck -f -n /dev/vda && blkdiscard /dev/vda")
     assert allocated(image) < MIB
-    assert guest.run("cmp /dev/vda /dev/zero 2>&1 || true").startswith("cmp: EOF on /dev/vda")
+    assert guest.run("head -c 16M /dev/vda | cmp - /dev/zero 2>&1 || true").startswith("cmp: EOF on -")
 
 
 def test_zeroed_ranges_read_as_zeroes_and_nothing_around_them_changes(serve: Serve, boot: Boot, image: Path) -> None:

@@ -1,0 +1,1 @@
+"""Real peers other than guests: QEMU's tools through libblkio, against images that we serve."""
