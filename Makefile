@@ -7,7 +7,7 @@ export PYTHON
 
 NATIVE_SOURCES := $(shell find native -name target -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
 
-.PHONY: all help demo build format lint test test-native guest interop bench docs fuzz clean
+.PHONY: all help demo build format lint test test-native guest interop bench docs fuzz packages clean
 .DELETE_ON_ERROR:
 
 all: format build lint test
@@ -21,6 +21,7 @@ help:
 	@echo 'make test-native  the native tests alone'
 	@echo 'make guest        the whole matrix of real guests (minutes)'
 	@echo 'make interop      real peers: qemu-img and qemu-io over libblkio (minutes)'
+	@echo 'make packages     fetches what guests are made of into .cache (test, guest, demo and interop do it by themselves)'
 	@echo 'make bench        the benchmarks'
 	@echo 'make docs         the documentation, warnings are errors; needs a passing `make test` for its tables'
 	@echo 'make fuzz         the fuzz targets, FUZZ_SECONDS (60) each'
@@ -38,6 +39,7 @@ help:
 
 .venv/.native: .venv/.dev $(NATIVE_SOURCES)
 	@tools/check-rust
+	@command -v cc >/dev/null || tools/install-packages gcc libc6-dev
 	PIP_QUIET=1 $(BIN)/maturin develop --profile quick --quiet
 	@touch $@
 
@@ -46,19 +48,20 @@ build: .venv/.native
 # -- judging ----------------------------------------------------------------------------------------------------------
 
 format: .venv/.dev
-	$(BIN)/ruff check --quiet --fix-only src tests examples
-	$(BIN)/ruff format --quiet src tests examples
+	$(BIN)/ruff check --quiet --fix-only src tests examples docs
+	$(BIN)/ruff format --quiet src tests examples docs
 	@tools/check-rust
 	$(CARGO) fmt --all
 
 lint: build
-	$(BIN)/ruff check src tests examples
-	$(BIN)/ruff format --check src tests examples
+	$(BIN)/ruff check src tests examples docs
+	$(BIN)/ruff format --check src tests examples docs
 	$(BIN)/mypy
+	$(BIN)/mypy --strict docs/conformance.py docs/conf.py examples
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --quiet --locked --profile quick --workspace --all-targets -- -D warnings
 
-test: build
+test: build packages
 	$(BIN)/pytest
 	@$(MAKE) --no-print-directory test-native
 
@@ -66,14 +69,20 @@ test-native:
 	@tools/check-rust
 	$(CARGO) test --quiet --locked --profile quick -p vhostuser-core
 
-guest: build
+guest: build packages
 	$(BIN)/pytest -m guest tests/guest
 
 interop: build
+	@$(BIN)/python -m tests.guest.prepare sid || true
 	$(BIN)/pytest -m interop tests/interop
 
-demo: build
+demo: build packages
 	@$(BIN)/python -m tests.guest.demo
+
+# QEMU, kernels and tools from Debian's packages, unpacked below .cache without being installed. Where they cannot be had, the
+# reason is printed and the tests that need them are skipped.
+packages: .venv/.dev
+	@$(BIN)/python -m tests.guest.prepare || true
 
 bench: build
 	$(BIN)/python -m benchmarks

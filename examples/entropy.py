@@ -1,7 +1,7 @@
 """A device that is no disk: random bytes for a guest (virtio: Entropy Device), in some forty lines.
 
-    python examples/entropy.py /tmp/rng.sock
-    qemu-system-x86_64 ... -chardev socket,id=rng,path=/tmp/rng.sock -device vhost-user-rng-pci,chardev=rng
+python examples/entropy.py /tmp/rng.sock
+qemu-system-x86_64 ... -chardev socket,id=rng,path=/tmp/rng.sock -device vhost-user-rng-pci,chardev=rng
 """
 
 from __future__ import annotations

@@ -71,8 +71,8 @@ class Serving:
             )
             ended = os.pidfd_open(self.process.pid)
             try:
-                ready = select.select([self._notices, ended], [], [], WAIT_S)[0]
-                assert self._notices in ready, self.log
+                ready = select.select([self._notices.fileno(), ended], [], [], WAIT_S)[0]
+                assert self._notices.fileno() in ready, self.log
                 assert self._notices.recv(64) == b"READY=1"
             except BaseException:
                 self.kill()
