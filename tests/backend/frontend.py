@@ -232,7 +232,7 @@ class GuestRing:
             done = self.driver.reap()
             if done:
                 return done
-            if self.driver.enable_interrupts():
+            if self.driver.enable_calls():
                 continue
             assert select.select([self.call], [], [], WAIT_S)[0], "the ring is not served"
             os.eventfd_read(self.call)

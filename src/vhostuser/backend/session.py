@@ -15,9 +15,9 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from vhostuser._native import GuestMemory
-from vhostuser.backend.channel import Channel
 from vhostuser.backend.device import ConfigNotice, Device
 from vhostuser.backend.hints import SHARE_HINT, SharingCheck
+from vhostuser.backend.news import News
 from vhostuser.backend.vrings import Vrings
 from vhostuser.errors import (
     ConfigRefused,
@@ -51,6 +51,7 @@ from vhostuser.protocol.messages import name_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vhostuser._native import Event
     from vhostuser.fds import Fd
     from vhostuser.transport import Transport
 
@@ -83,11 +84,10 @@ class Session:
         )
         self._sharing = SharingCheck()
         self._selector = selectors.DefaultSelector()
+        self._news = News(device, self._rings, self._selector)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._mailbox = threading.Lock()
         self._stopping = False
-        self._channel: Channel | None = None
-        self._served_generation: int | None = None
         self._status = 0
         self._open = True
 
@@ -168,7 +168,7 @@ class Session:
             for fd in message.fds:
                 fd.close()
         self._sharing.look(self._device.name, self._rings)
-        self._tell_config()
+        self._news.tell()
 
     def _refuse(self, event: Message[Fd] | Refused, reason: str) -> None:
         reason = f"{name_of(event.request)} is refused: {reason}"
@@ -224,9 +224,9 @@ class Session:
             case Message(Req.GET_VRING_BASE, VringState(index)):
                 return VringState(index, rings.get_base(index))
             case Message(Req.SET_BACKEND_REQ_FD, _, (fd,)):
-                self._open_channel(fd.duplicate())
+                self._news.open(fd.duplicate(), self._connection)
             case Message(Req.GET_CONFIG, Config(offset, size, flags)):
-                self._served_generation = device.config_generation
+                self._news.served()
                 return Config(offset, size, flags, device.read_config(offset, size).ljust(size, b"\0"))
             case Message(Req.SET_CONFIG, Config(offset, _, flags, data)):
                 device.write_config(offset, data, flags)
@@ -264,17 +264,23 @@ class Session:
 
     def _take_events(self) -> None:
         for event in self._device.queues.take_events():
-            match event.kind:
-                case "ring_broken":
-                    log.error("%s: ring %s is broken: %s", self._device.name, event.index, event.reason)
-                case "memory_lost":
-                    raise SessionOver(f"guest memory was lost: {event.reason}")
-                case _:
-                    log.error("%s: %s: %s", self._device.name, event.kind.replace("_", " "), event.reason)
+            if event.kind == "memory_lost":
+                raise SessionOver(f"guest memory was lost: {event.reason}")
+            self._log_event(event)
+
+    def _log_event(self, event: Event) -> None:
+        what = f"ring {event.index} is broken" if event.kind == "ring_broken" else event.kind.replace("_", " ")
+        log.error("%s: %s: %s", self._device.name, what, event.reason)
+
+    def _take_last_events(self) -> None:
+        """Leave none to the next session: lost memory must not end a connection that has other memory."""
+        for event in self._device.queues.take_events():
+            if event.kind != "memory_lost":
+                self._log_event(event)
 
     def _take_mail(self) -> None:
         os.eventfd_read(self._wake)
-        self._tell_config()
+        self._news.tell()
 
     def _notify(self) -> None:
         if self._wake >= 0:
@@ -286,67 +292,19 @@ class Session:
             if not self._open:
                 return ConfigNotice.NOT_CONNECTED
             self._notify()
-            if self._channel is None:
-                return ConfigNotice.NO_CHANNEL
-            return ConfigNotice.SENT if self._rings.active else ConfigNotice.DEFERRED
-
-    def _tell_config(self) -> None:
-        """Send CONFIG_CHANGE_MSG when the front-end does not know the configuration and the device is in use.
-
-        While all rings are stopped nothing may be sent, and QEMU would ignore it.
-        """
-        generation = self._device.config_generation
-        if self._channel is None or generation == self._served_generation or not self._rings.active:
-            return
-        self._served_generation = generation
-        self._use_channel(self._channel.config_changed)
-
-    def _open_channel(self, fd: Fd) -> None:
-        self._close_channel()
-        channel = Channel(fd, self._connection)
-        with self._mailbox:
-            self._channel = channel
-        self._watch_channel(channel)
-
-    def _use_channel(self, use: Callable[[], None]) -> None:
-        """Read or write the channel, which is closed when that fails, and watch it for what it waits for."""
-        channel = self._channel
-        if channel is None:
-            return
-        try:
-            use()
-        except (PeerGone, RemoteProtocolError) as error:
-            log.warning("%s: no more news reach the guest: %s", self._device.name, error)
-            self._close_channel()
-        else:
-            self._watch_channel(channel)
-
-    def _watch_channel(self, channel: Channel) -> None:
-        events = (selectors.EVENT_READ if channel.readable else 0) | (selectors.EVENT_WRITE if channel.waiting else 0)
-        if channel.fileno() in self._selector.get_map():
-            self._selector.unregister(channel)
-        if events:
-            self._selector.register(channel, events, lambda: self._use_channel(channel.step))
-
-    def _close_channel(self) -> None:
-        with self._mailbox:
-            channel, self._channel = self._channel, None
-        if channel is None:
-            return
-        if channel.fileno() in self._selector.get_map():
-            self._selector.unregister(channel)
-        channel.close()
+            return self._news.notice()
 
     def _end(self) -> None:
         """Give everything back. The connection is closed first unless it is we who leave."""
         with ExitStack() as last:
-            for step in (self._let_go, self._device.reset, self._rings.close, self._sharing.close, self._close_channel):
+            for step in (self._let_go, self._device.reset, self._rings.close, self._sharing.close, self._news.close):
                 last.callback(step)
             last.callback(self._device.attach, None)
             last.callback(self._hang_up)
             if not self._stopping:
                 self._hang_up()
             self._drain()
+            self._take_last_events()
 
     def _let_go(self) -> None:
         self._selector.close()
