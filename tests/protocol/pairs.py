@@ -37,8 +37,9 @@ class Pair:
 
     def __init__(self, main: Pair | None = None) -> None:
         nested = main is not None
-        self.frontend: Connection[str] = Connection(Role.FRONTEND, nested=nested, main=main and main.frontend)
-        self.backend: Connection[str] = Connection(Role.BACKEND, nested=nested, main=main and main.backend)
+        mains = (main.frontend, main.backend) if main is not None else (None, None)
+        self.frontend: Connection[str] = Connection(Role.FRONTEND, nested=nested, main=mains[0])
+        self.backend: Connection[str] = Connection(Role.BACKEND, nested=nested, main=mains[1])
         self.asker, self.asked = (self.backend, self.frontend) if nested else (self.frontend, self.backend)
 
     def ask(self, message: Message[str]) -> Message[str]:

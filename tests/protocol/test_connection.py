@@ -130,7 +130,21 @@ def test_a_channel_follows_the_negotiation_of_its_main_connection() -> None:
         channel.backend.send(Message(BackendRequest.CONFIG_CHANGE_MSG))
     main.ask(Message(Req.SET_PROTOCOL_FEATURES, U64(ProtocolFeature.CONFIG | ProtocolFeature.BACKEND_REQ)))
     channel.ask(Message(BackendRequest.CONFIG_CHANGE_MSG))
-    assert main.backend.features == EVERY_BIT  # message 2 of the channel is not SET_FEATURES
+
+
+def test_messages_of_the_channel_are_not_taken_for_those_of_the_main_connection() -> None:
+    main = negotiated()
+    channel = Pair(main)
+    for vector in BACKEND_VECTORS:
+        message = channel.ask(Message(vector.request, vector.payload, vector.fds, need_reply=True))
+        if vector.reply is None:
+            channel.acknowledge(message, 1)
+        else:
+            channel.answer(message, vector.reply, vector.reply_fds)
+    for end in (main.frontend, main.backend):
+        assert end.features_offered == EVERY_BIT
+        assert end.features == EVERY_BIT
+        assert end.protocol_features == USUAL
 
 
 def test_a_channel_without_a_main_connection_allows_everything() -> None:

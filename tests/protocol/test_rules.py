@@ -291,15 +291,25 @@ BAD_REPLIES = {
 }
 
 
+@pytest.mark.parametrize("fds", [(), ("fd",)])
 @pytest.mark.parametrize("kind", BAD_REPLIES)
-def test_a_wrong_reply_ends_the_connection(kind: str) -> None:
+def test_a_wrong_reply_ends_the_connection(kind: str, fds: tuple[str, ...]) -> None:
     pair = negotiated()
     pair.frontend.send(Message(Req.GET_QUEUE_NUM))
-    pair.frontend.receive(BAD_REPLIES[kind], ("fd",))
+    pair.frontend.receive(BAD_REPLIES[kind], fds)
     with pytest.raises(RemoteProtocolError):
         pair.frontend.next_event()
-    assert pair.frontend.refused_fds() == ("fd",)
+    assert pair.frontend.refused_fds() == fds
     assert pair.frontend.closed
+
+
+def test_a_right_reply_with_a_descriptor_too_many_ends_the_connection() -> None:
+    pair = negotiated()
+    pair.frontend.send(Message(Req.GET_QUEUE_NUM))
+    pair.frontend.receive(wire(Req.GET_QUEUE_NUM, bytes(8), REPLY), ("fd",))
+    with pytest.raises(RemoteProtocolError, match="1 descriptors came where 0 belong"):
+        pair.frontend.next_event()
+    assert pair.frontend.refused_fds() == ("fd",)
 
 
 def test_a_reply_that_nothing_asked_for_ends_the_connection() -> None:

@@ -40,7 +40,7 @@ def test_acknowledgements_refusals_and_unknown_messages_are_rendered() -> None:
 
 
 def test_device_features_get_their_names_from_the_device_type() -> None:
-    message = Message(FrontendRequest.SET_FEATURES, U64(1 << 9 | 1 << 26 | 1 << 62))
+    message: Message[str] = Message(FrontendRequest.SET_FEATURES, U64(1 << 9 | 1 << 26 | 1 << 62))
     assert describe(message, BlkFeature) == "SET_FEATURES 0x4000000004000200 (FLUSH LOG_ALL bit 62)"
     assert describe(Message(FrontendRequest.SET_FEATURES, U64(0))) == "SET_FEATURES 0x0 (none)"
 

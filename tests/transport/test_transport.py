@@ -109,6 +109,21 @@ def test_a_message_larger_than_the_socket_s_buffer_arrives_whole() -> None:
         sender.join()
 
 
+def test_descriptors_of_a_message_sent_in_pieces_arrive_once() -> None:
+    left, right = (Transport(sock) for sock in socket.socketpair())
+    with left, right, memfd(b"x") as fd:
+        sender = threading.Thread(target=left.send, args=(bytes(4 << 20), (fd,)))
+        sender.start()
+        size, received = 0, []
+        while size < 4 << 20:
+            data, fds = right.receive(1 << 16)
+            size += len(data)
+            received += fds
+        sender.join()
+        assert len(received) == 1
+        received[0].close()
+
+
 def test_shutdown_wakes_a_thread_that_receives(pair: tuple[Transport, Transport]) -> None:
     left, right = pair
     found: list[tuple[bytes, list[Fd]]] = []
