@@ -1,4 +1,4 @@
-"""A device that is no disk: random bytes for a guest (virtio: Entropy Device), in some forty lines.
+"""A device that is no disk: random bytes for a guest (virtio: Entropy Device).
 
 python examples/entropy.py /tmp/rng.sock
 qemu-system-x86_64 ... -chardev socket,id=rng,path=/tmp/rng.sock -device vhost-user-rng-pci,chardev=rng
@@ -6,7 +6,6 @@ qemu-system-x86_64 ... -chardev socket,id=rng,path=/tmp/rng.sock -device vhost-u
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import threading
@@ -32,20 +31,21 @@ class Entropy(Device):
             chain.complete()
 
 
-def main() -> None:
+def main(path: str) -> None:
     """Serve one guest after another until interrupted."""
-    logging.basicConfig(level=logging.INFO)
     device = Entropy()
     filler = threading.Thread(target=device.fill)
     filler.start()
     try:
-        Server(device, listen(sys.argv[1])).run()
+        server = Server(device, listen(path))
+        print(f"serving on {path}", flush=True)
+        server.run()
     except KeyboardInterrupt:
-        pass
+        print("stopped")
     finally:
         device.close()
         filler.join()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])
