@@ -2,6 +2,7 @@
 //! driver's side requests made in shared memory.
 
 mod client;
+mod flush;
 mod request;
 mod serve;
 

@@ -1,13 +1,16 @@
 //! From a request to operations on storage, and from their completions to a status byte.
 
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Arc;
+use std::time::Duration;
 
+use super::flush::FlushGate;
 use super::request::{self, parse, Limits, Parsed, Range, Request, RequestType, S_IOERR, S_OK, S_UNSUPP};
 use crate::disk::{AnyEngine, Completion, Engine, Kind, Operation};
 use crate::memory::{GuestMemory, IoVec};
 use crate::ring::Chain;
-use crate::worker::{Begun, EventKind, Events, Finished, Outcome, Serve};
+use crate::worker::{Begun, EventKind, Events, Finished, Outcome, Serve, Waker};
 
 /// What the workers of one disk share, and what may change while they run.
 #[derive(Debug)]
@@ -16,6 +19,7 @@ pub struct BlkShared {
     num_sectors: AtomicU64,
     writeback: AtomicBool,
     flush_failed: AtomicBool,
+    flush_gate: FlushGate,
     device_id: Vec<u8>,
 }
 
@@ -27,6 +31,7 @@ impl BlkShared {
             num_sectors: AtomicU64::new(limits.num_sectors),
             writeback: AtomicBool::new(writeback),
             flush_failed: AtomicBool::new(false),
+            flush_gate: FlushGate::default(),
             device_id: device_id.to_vec(),
         }
     }
@@ -44,6 +49,20 @@ impl BlkShared {
     /// Whether an fdatasync failed. It is not known then what was lost, so every later FLUSH fails too.
     pub fn flush_failed(&self) -> bool {
         self.flush_failed.load(Ordering::Acquire)
+    }
+
+    /// Carries out `sync`, an fdatasync of the disk, on the caller's thread and in its turn. A failure counts like
+    /// that of a guest's FLUSH. `TimedOut` when another one has not ended within `timeout`.
+    pub fn flush(&self, timeout: Duration, sync: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        if !self.flush_gate.take(timeout) {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        let result = if self.flush_failed() { Err(io::Error::from_raw_os_error(libc::EIO)) } else { sync() };
+        if result.is_err() {
+            self.flush_failed.store(true, Ordering::Release);
+        }
+        self.flush_gate.give_back();
+        result
     }
 }
 
@@ -68,6 +87,7 @@ pub struct BlkServe {
     shared: Arc<BlkShared>,
     engine: AnyEngine,
     events: Arc<Events>,
+    waker: Waker,
     limits: Limits,
     writeback: bool,
     slots: Vec<Slot>,
@@ -75,8 +95,7 @@ pub struct BlkServe {
     spare: Vec<Vec<IoVec>>,
     ranges: Vec<Range>,
     done: Vec<Completion>,
-    /// FLUSH requests served by the fdatasync that runs, and those that came after it began. One runs at
-    /// a time: the kernel reports a failed write-back to one caller only, and its neighbour would hear success.
+    /// FLUSH requests served by the fdatasync that runs, and those that came after it began or wait for its turn.
     flushing: Vec<u32>,
     flush_next: Vec<u32>,
     memory_fault: bool,
@@ -87,13 +106,14 @@ const FLUSH_TOKEN: u64 = u64::MAX;
 
 impl BlkServe {
     /// Made on the worker's own thread, with the engine.
-    pub fn new(shared: Arc<BlkShared>, engine: AnyEngine, events: Arc<Events>) -> Self {
+    pub fn new(shared: Arc<BlkShared>, engine: AnyEngine, events: Arc<Events>, waker: Waker) -> Self {
         Self {
             limits: shared.limits,
             writeback: shared.writeback.load(Ordering::Acquire),
             shared,
             engine,
             events,
+            waker,
             slots: Vec::new(),
             free: Vec::new(),
             spare: Vec::new(),
@@ -150,12 +170,14 @@ impl BlkServe {
 
     fn flush(&mut self, at: u32) {
         self.flush_next.push(at);
-        if self.flushing.is_empty() {
-            self.start_flush();
-        }
+        self.start_flush();
     }
 
+    /// One fdatasync for all who wait, unless one runs; whoever has the turn wakes us when it is free.
     fn start_flush(&mut self) {
+        if self.flush_next.is_empty() || !self.flushing.is_empty() || !self.shared.flush_gate.try_take(&self.waker) {
+            return;
+        }
         std::mem::swap(&mut self.flushing, &mut self.flush_next);
         let operation = Operation {
             token: FLUSH_TOKEN,
@@ -171,7 +193,6 @@ impl BlkServe {
 
     /// Works off what storage has given back; requests whose last operation ended go to `finished`.
     fn settle(&mut self, finished: &mut Vec<Finished>) {
-        // A finished fdatasync may start the next one, which may end at once: hence the loop.
         while let Some(completion) = self.done.pop() {
             let Completion { token, kind, result, runs, bounced } = completion;
             if result == Err(libc::EFAULT) {
@@ -208,6 +229,7 @@ impl BlkServe {
                 self.events.push(EventKind::FlushFailed, None, std::io::Error::from_raw_os_error(errno).to_string());
             }
         }
+        self.shared.flush_gate.give_back();
         let code = if self.shared.flush_failed() { S_IOERR } else { S_OK };
         let mut ended = std::mem::take(&mut self.flushing);
         for &at in &ended {
@@ -216,9 +238,6 @@ impl BlkServe {
         }
         ended.clear();
         self.flushing = ended;
-        if !self.flush_next.is_empty() {
-            self.start_flush();
-        }
     }
 
     fn finish(&mut self, at: u32, finished: &mut Vec<Finished>) {
@@ -309,6 +328,10 @@ impl Serve for BlkServe {
     fn finish_batch(&mut self, finished: &mut Vec<Finished>) {
         self.engine.reap(&mut self.done);
         self.settle(finished);
+        if !self.flush_next.is_empty() {
+            self.start_flush();
+            self.settle(finished);
+        }
     }
 
     fn pending(&self) -> usize {

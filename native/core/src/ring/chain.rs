@@ -150,6 +150,9 @@ impl Chain {
     #[inline]
     fn push(&mut self, descriptor: &Descriptor, memory: &GuestMemory) {
         let len = u64::from(descriptor.len);
+        if len == 0 {
+            return; // it is no part of either stream, wherever it stands
+        }
         let (list, total) = if descriptor.flags & F_WRITE != 0 {
             (&mut self.writable, &mut self.writable_len)
         } else {
@@ -158,9 +161,6 @@ impl Chain {
             }
             (&mut self.readable, &mut self.readable_len)
         };
-        if len == 0 {
-            return;
-        }
         *total += len;
         let mapped = memory.runs(descriptor.addr, len, list).is_ok();
         if !mapped {

@@ -76,6 +76,7 @@ impl From<OutOfBounds> for DriverError {
 struct Outstanding {
     descriptors: u16,
     room: u64,
+    published: bool,
 }
 
 /// A split ring, seen from the driver. What the device can write is never trusted: the free list,
@@ -89,6 +90,8 @@ pub struct DriverRing {
     free_head: u16,
     free: u16,
     in_use: u16,
+    /// Heads that were added and not published: the device cannot have used them.
+    unpublished: Vec<u16>,
     next_avail: u16,
     published: u16,
     next_used: u16,
@@ -110,6 +113,7 @@ impl DriverRing {
             free_head: 0,
             free: size,
             in_use: 0,
+            unpublished: Vec::with_capacity(usize::from(size)),
             next_avail: base,
             published: base,
             next_used: base,
@@ -197,7 +201,8 @@ impl DriverRing {
     fn offer(&mut self, head: u16, descriptors: u16, room: u64) -> Result<(), DriverError> {
         let slot = self.areas.slot(self.next_avail);
         self.areas.avail.store_u16(layout::avail_entry(slot), head)?;
-        self.outstanding[usize::from(head)] = Outstanding { descriptors, room };
+        self.outstanding[usize::from(head)] = Outstanding { descriptors, room, published: false };
+        self.unpublished.push(head);
         self.free -= descriptors;
         self.in_use += 1;
         self.next_avail = self.next_avail.wrapping_add(1);
@@ -213,6 +218,9 @@ impl DriverRing {
         let old = self.published;
         self.areas.avail.store_u16(layout::IDX, self.next_avail)?;
         self.published = self.next_avail;
+        for head in self.unpublished.drain(..) {
+            self.outstanding[usize::from(head)].published = true;
+        }
         // The device's wish is read after our index is visible; see `DeviceRing::enable_kicks`.
         fence(Ordering::SeqCst);
         if self.event_idx {
@@ -235,8 +243,7 @@ impl DriverRing {
         if seen == self.next_used {
             return Ok(None);
         }
-        let unpublished = index::ahead(self.next_avail, self.published);
-        let outstanding = self.in_use - unpublished;
+        let outstanding = self.in_use - self.unpublished.len() as u16;
         if index::ahead(seen, self.next_used) > outstanding {
             return Err(DriverError::UsedJump { seen, reaped: self.next_used, outstanding });
         }
@@ -244,7 +251,7 @@ impl DriverRing {
         let (id, written) = (self.areas.used.load_u32(entry)?, self.areas.used.load_u32(entry + 4)?);
         let head = u16::try_from(id).map_err(|_| DriverError::UsedId(id))?;
         let chain = *self.outstanding.get(usize::from(head)).ok_or(DriverError::UsedId(id))?;
-        if chain.descriptors == 0 {
+        if !chain.published {
             return Err(DriverError::UsedId(id));
         }
         if u64::from(written) > chain.room {

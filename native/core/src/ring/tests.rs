@@ -171,6 +171,7 @@ fn a_chain_with_a_bad_buffer_still_says_where_its_status_goes() {
         (vec![segment(outside, 16, false), good], Some(Fault::Unmapped), true),
         (vec![segment(u64::MAX - 3, 16, false), good], Some(Fault::Unmapped), true),
         (vec![good, segment(BASE, 16, false)], Some(Fault::Order), true),
+        (vec![good, segment(BASE, 0, false)], None, true),
         (vec![segment(BASE, 16, false), good, segment(outside, 16, true)], Some(Fault::Unmapped), false),
         (vec![segment(BASE, u32::MAX, false), good], Some(Fault::Length), true),
         (vec![segment(BASE, 16, false)], None, false),
@@ -276,6 +277,10 @@ fn a_device_that_lies_is_found_out() {
     assert_eq!(driver.reap(), Ok(Some((0, 10))));
     used(&driver, 0, 10, 2);
     assert!(driver.reap().is_err(), "nothing is outstanding");
+    let (mut driver, _) = fresh();
+    let unpublished = driver.add(&[segment(BASE, 1, false)]).unwrap();
+    used(&driver, u32::from(unpublished), 0, 1);
+    assert_eq!(driver.reap(), Err(DriverError::UsedId(u32::from(unpublished))));
 }
 
 #[test]

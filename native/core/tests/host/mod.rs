@@ -69,7 +69,7 @@ impl Host {
         let events = Arc::new(Events::new().unwrap());
         let make = {
             let (spec, shared, events) = (spec.clone(), Arc::clone(&shared), Arc::clone(&events));
-            move |_, _| Ok(BlkServe::new(Arc::clone(&shared), spec.build()?, Arc::clone(&events)))
+            move |_, waker| Ok(BlkServe::new(Arc::clone(&shared), spec.build()?, Arc::clone(&events), waker))
         };
         let mut queues = Queues::new(num_queues, num_workers, poll, events, make).unwrap();
         let file = memfd(LEN);
