@@ -35,7 +35,7 @@ class NotSupportedError(Exception):
 class Export:
     """How an image is to be served; each back-end says it in its own options."""
 
-    queues: int = 1
+    queues: int | None = None  # None: what the back-end offers by itself
     read_only: bool = False
     serial: str | None = None
     block_size: int | None = None
@@ -133,9 +133,9 @@ class Ours(Backend):
 
     def _options(self) -> list[str]:
         export = self.export
-        words = ["--queues", str(export.queues)]
-        words += ["--read-only"] if export.read_only else []
+        words = ["--read-only"] if export.read_only else []
         values = {
+            "--queues": export.queues,
             "--serial": export.serial,
             "--block-size": export.block_size,
             "--physical-block-size": export.physical_block_size,
@@ -192,7 +192,7 @@ class StorageDaemon(Backend):
         if export.read_only:
             file += ",read-only=on"
         words = ["--chardev", f"socket,id=q,path={listener.path}", "--monitor", "q", "--blockdev", file]
-        details = f"writable={'off' if export.read_only else 'on'},num-queues={export.queues}"
+        details = f"writable={'off' if export.read_only else 'on'},num-queues={export.queues or 1}"
         if export.block_size is not None:
             details += f",logical-block-size={export.block_size}"
         words += ["--export", f"type=vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={self.socket},{details}"]

@@ -2,7 +2,8 @@
  *
  *   load [options] PATH              random writes, reads, flushes, discards and zeroes against a model kept in memory
  *   load --sweep [options] PATH      whole rounds over the area: round r gives every block generation r, then flushes
- *                                    and says so in the kernel log; what was said must survive whatever comes next
+ *                                    and says so in the kernel log (or --report=FILE); what was said must survive
+ *                                    whatever comes next
  *   load --check=A[,B...] PATH       after a crash: every block belongs to its place, is whole, and is of a generation
  *                                    not below its thread's last reported round (A for the first thread, B ...), and
  *                                    not above the second round after it (its report may have been cut off)
@@ -51,14 +52,14 @@ struct part { /* what one thread owns */
 };
 
 static struct {
-    const char *path;
+    const char *path, *report;
     size_t block, largest;
     uint64_t offset, size, seed;
     double seconds;
     int threads, direct, sweep, check, discard, is_device;
     enum on_error on_error;
     uint64_t floors[THREADS_MAX];
-} options = {.block = 512, .largest = 1 << 20, .threads = 4, .seed = 1, .seconds = 1e9};
+} options = {.block = 512, .largest = 1 << 20, .threads = 4, .seed = 1, .seconds = 1e9, .report = "/dev/kmsg"};
 
 static atomic_int stop_asked, gone, mismatches_shown;
 
@@ -248,9 +249,9 @@ static void run_random(struct part *part, double end) {
 static void report_round(const struct part *part, uint64_t round) {
     char line[80];
     int length = snprintf(line, sizeof line, "load: thread %d flushed round %llu\n", part->number, (unsigned long long)round);
-    int log = open("/dev/kmsg", O_WRONLY);
+    int log = open(options.report, O_WRONLY | O_APPEND | O_CREAT, 0600);
     if (log < 0 || write(log, line, length) != length)
-        fail(USAGE, "cannot write to the kernel log: %s", strerror(errno));
+        fail(USAGE, "cannot write to %s: %s", options.report, strerror(errno));
     close(log);
 }
 
@@ -318,12 +319,13 @@ static void parse(int count, char **words) {
         {"block", 1, 0, 'b'},     {"largest", 1, 0, 'l'}, {"offset", 1, 0, 'o'}, {"size", 1, 0, 's'},
         {"seconds", 1, 0, 't'},   {"threads", 1, 0, 'n'}, {"seed", 1, 0, 'r'},   {"direct", 0, 0, 'd'},
         {"discard", 0, 0, 'x'},   {"sweep", 0, 0, 'w'},   {"check", 1, 0, 'c'},  {"from", 1, 0, 'f'},
-        {"on-error", 1, 0, 'e'},  {0, 0, 0, 0},
+        {"on-error", 1, 0, 'e'},  {"report", 1, 0, 'p'}, {0, 0, 0, 0},
     };
     for (int option; (option = getopt_long(count, words, "", known, NULL)) != -1;) {
         switch (option) {
         case 'b': options.block = number_of(optarg); break;
         case 'l': options.largest = number_of(optarg); break;
+        case 'p': options.report = optarg; break;
         case 'o': options.offset = number_of(optarg); break;
         case 's': options.size = number_of(optarg); break;
         case 't': options.seconds = strtod(optarg, NULL); break;
@@ -348,7 +350,7 @@ static void parse(int count, char **words) {
     if (optind != count - 1 || options.threads < 1 || options.threads > THREADS_MAX || options.block < 512 ||
         options.block % 512 || options.largest < options.block)
         fail(USAGE, "usage: load [--block=N] [--largest=N] [--offset=N] [--size=N] [--seconds=N] [--threads=N] [--seed=N] "
-                    "[--direct] [--discard] [--on-error=fail|note|end] [--sweep [--from=A,...] | --check=A,...] PATH");
+                    "[--direct] [--discard] [--on-error=fail|note|end] [--sweep [--from=A,...] [--report=FILE] | --check=A,...] PATH");
     options.path = words[optind];
 }
 
