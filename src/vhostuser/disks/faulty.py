@@ -71,7 +71,7 @@ class FaultyDisk(NativeDisk):
         if inner is None:
             raise UsageError(disk.name, "faults are made by native engines only", "Inject them into another disk")
         self._disk = disk
-        self._engine = inner.with_faults(**asdict(faults))
+        self._engine: EngineSpec | None = inner.with_faults(**asdict(faults))
         self.capabilities = disk.capabilities
         self.writeback = disk.writeback
 
@@ -86,7 +86,9 @@ class FaultyDisk(NativeDisk):
         return self._disk.limits
 
     def engine(self) -> EngineSpec:
-        """The engine of the disk below, with faults."""
+        """The engine of the disk below, with faults. Raises `ValueError` when the disk is closed."""
+        if self._engine is None:
+            raise ValueError(f"{self.name} is closed")
         return self._engine
 
     def flush(self) -> None:
@@ -103,6 +105,7 @@ class FaultyDisk(NativeDisk):
 
     def close(self) -> None:
         """Close the disk below."""
+        self._engine = None
         self._disk.close()
 
 

@@ -49,7 +49,7 @@ class FileDisk(NativeDisk):
                 lock_image(self._fd.fileno(), self._path, writable=not read_only)
             self._limits = self._find_limits()
             self.capabilities = self._find_capabilities(read_only)
-            self._engine = self._make_engine(engine)
+            self._engine: EngineSpec | None = self._make_engine(engine)
         except BaseException:
             self._fd.close()
             raise
@@ -70,7 +70,9 @@ class FileDisk(NativeDisk):
         return self._is_device
 
     def engine(self) -> EngineSpec:
-        """The engine that was asked for."""
+        """The engine that was asked for. Raises `ValueError` when the disk is closed."""
+        if self._engine is None:
+            raise ValueError(f"{self._path} is closed")
         return self._engine
 
     def flush(self) -> None:
@@ -101,7 +103,9 @@ class FileDisk(NativeDisk):
         self._sized(size)
 
     def close(self) -> None:
-        """Close our descriptor. Engines have duplicates: the lock lasts until they and their requests have ended."""
+        """Close our descriptor. Queues made from the engine have duplicates: the lock lasts until they are closed and
+        their last request has ended."""
+        self._engine = None
         self._fd.close()
 
     def _kind(self) -> bool:
