@@ -18,7 +18,17 @@ def test_faults_are_read_from_a_text() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "delay-read", "delay-read=", "delay-read=5", "delay-read=-5ms", "error-read=2", "error-read=x", "speed=1", "seed=x"],
+    [
+        "",
+        "delay-read",
+        "delay-read=",
+        "delay-read=5",
+        "delay-read=-5ms",
+        "error-read=2",
+        "error-read=x",
+        "speed=1",
+        "seed=x",
+    ],
 )
 def test_what_is_no_fault_is_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError, match="inject"):

@@ -46,9 +46,9 @@ def test_an_image_is_served_once(image: Path) -> None:
 def test_a_writer_refuses_readers_and_readers_share(image: Path) -> None:
     with FileDisk(image), pytest.raises(OperatorError, match="another program"):
         FileDisk(image, read_only=True)
-    with FileDisk(image, read_only=True), FileDisk(image, read_only=True):
-        with pytest.raises(OperatorError, match="another program"):
-            FileDisk(image)
+    reader = FileDisk(image, read_only=True)
+    with reader, FileDisk(image, read_only=True), pytest.raises(OperatorError, match="another program"):
+        FileDisk(image)
 
 
 def test_without_locking_anything_goes(image: Path) -> None:

@@ -91,8 +91,12 @@ class FileDisk(NativeDisk):
     def resize(self, size: int) -> None:
         """Truncate or extend the file to ``size`` bytes; new bytes read as zeroes and take no space yet.
 
-        Raises `UsageError` for a block device, `OSError` when the file system refuses.
+        Raises `UsageError` for a block device and for a disk opened read-only, `OSError` when the file system refuses.
         """
+        if Capability.WRITE not in self.capabilities:
+            raise UsageError(
+                self._path, "it is served read-only and keeps its size", "Resize the file yourself, then refresh"
+            )
         if self._is_device:
             raise UsageError(
                 self._path, "a block device is not resized by us", "Resize the volume with its own tools, then refresh"
