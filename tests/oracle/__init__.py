@@ -1,0 +1,1 @@
+"""The native split ring held against a slow, obvious one in Python."""
