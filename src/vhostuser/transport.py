@@ -233,7 +233,8 @@ def connect(path: str, timeout_s: float = 10.0, *, send_timeout_s: float = SEND_
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _limit_connect(sock, timeout_s)
-        sock.connect(address)
+        while not _connected(sock, address):
+            pass
         _limit_connect(sock, 0)
     except BlockingIOError as error:
         sock.close()
@@ -242,6 +243,19 @@ def connect(path: str, timeout_s: float = 10.0, *, send_timeout_s: float = SEND_
         sock.close()
         raise OperatorError(path, *_connect_advice(error)) from error
     return Transport(sock, send_timeout_s=send_timeout_s)
+
+
+def _connected(sock: socket.socket, address: str) -> bool:
+    """Connect, and say whether that was not interrupted: `connect` takes EINTR for success on the way, which no Unix
+    socket has. A thread that closed an io_uring is interrupted so without any signal."""
+    sock.connect(address)
+    try:
+        sock.getpeername()
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise
+        return False
+    return True
 
 
 def _limit_connect(sock: socket.socket, timeout_s: float) -> None:
