@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from importlib import metadata
 
 project = "vhostuser"
 author = "The vhostuser authors"
 project_copyright = "2026, the vhostuser authors"
-release = version("vhostuser")
+release = metadata.version("vhostuser")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
