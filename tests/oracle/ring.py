@@ -28,7 +28,7 @@ TABLE_LIMIT = 4096
 
 
 class RingBroken(Exception):  # noqa: N818  what the driver did, not an error of this code
-    """The driver published what cannot be: the device stops serving the ring."""
+    """The driver published what cannot be: the device stops serving the ring. Says what its log line has to match."""
 
 
 class DeviceLied(Exception):  # noqa: N818  likewise
@@ -98,7 +98,7 @@ class Device:
         """How many chains may be taken."""
         there = (self._words.get(self._layout.avail_idx, 2) - self._next_avail) % 65536
         if there > self._layout.size:
-            raise RingBroken("more chains than the ring has room for")
+            raise RingBroken("jumped")
         return there
 
     def take(self) -> tuple[int, int, int, str | None] | None:
@@ -106,9 +106,9 @@ class Device:
             return None
         head = self._words.get(self._layout.avail_entry(self._next_avail), 2)
         if head >= self._layout.size:
-            raise RingBroken("a head beyond the table")
+            raise RingBroken("head .* is beyond the descriptor table")
         if head in self.taken:
-            raise RingBroken("a head that is in flight")
+            raise RingBroken("made available twice")
         chain = self.taken[head] = self.walk(head)
         self._next_avail = (self._next_avail + 1) % 65536
         return head, chain.readable_len, chain.writable_len, min(chain.faults, default=None)
@@ -119,13 +119,13 @@ class Device:
         at, seen = head, set()
         while True:
             if at in seen:
-                raise RingBroken("a chain that loops")
+                raise RingBroken("loops")
             seen.add(at)
             place = layout.desc + 16 * at
             entry = Descriptor.unpack(bytes(self._space.buffer[place : place + 16]))
             if entry.flags & INDIRECT:
                 if not layout.features & F_INDIRECT_DESC or entry.flags & NEXT:
-                    raise RingBroken("an indirect descriptor where none may be")
+                    raise RingBroken("an indirect descriptor where none is allowed")
                 self._walk_table(entry, chain)
                 return chain
             self._buffer(entry, chain)
@@ -133,12 +133,12 @@ class Device:
                 return chain
             at = entry.next
             if at >= layout.size:
-                raise RingBroken("a chain that leaves the table")
+                raise RingBroken("goes on at .*, beyond its descriptor table")
 
     def _walk_table(self, table: Descriptor, chain: Taken) -> None:
         num_entries, rest = divmod(table.length, 16)
         if rest or not 0 < num_entries <= max(TABLE_LIMIT, self._layout.size):
-            raise RingBroken("an indirect table of a length that cannot be")
+            raise RingBroken("has an indirect table of")
         pieces = self._space.find(table.addr, table.length)
         if pieces is None:
             chain.faults.add("unmapped")
@@ -147,17 +147,17 @@ class Device:
         at, seen = 0, set()
         while True:
             if at in seen:
-                raise RingBroken("an indirect table that loops")
+                raise RingBroken("loops")
             seen.add(at)
             entry = Descriptor.unpack(data[16 * at : 16 * at + 16])
             if entry.flags & INDIRECT:
-                raise RingBroken("an indirect table in an indirect table")
+                raise RingBroken("an indirect descriptor where none is allowed")
             self._buffer(entry, chain)
             if not entry.flags & NEXT:
                 return
             at = entry.next
             if at >= num_entries:
-                raise RingBroken("an indirect chain that leaves its table")
+                raise RingBroken("goes on at .*, beyond its descriptor table")
 
     def _buffer(self, entry: Descriptor, chain: Taken) -> None:
         if entry.length == 0:

@@ -109,8 +109,8 @@ def compare(
         counted.update(operations=1)
         try:
             expected = model.take()
-        except RingBroken:
-            with pytest.raises(RemoteRingError):
+        except RingBroken as broken:
+            with pytest.raises(RemoteRingError, match=str(broken)):
                 native.take()
             break
         got = native.take()
@@ -163,6 +163,20 @@ def test_an_indirect_table_may_be_longer_than_the_ring(entries: int, fine: bool)
     else:
         with pytest.raises(RemoteRingError):
             device.take()
+
+
+@pytest.mark.parametrize(("more", "fault"), [(0, None), (1, "length")])
+def test_a_chain_may_describe_two_to_the_32_bytes_and_no_more(more: int, fault: str | None) -> None:
+    host = Host(32768, F_INDIRECT_DESC)
+    table = [Descriptor(GUEST + 2**20, 2**20, NEXT, at + 1) for at in range(4095)]
+    table.append(Descriptor(GUEST + 2**20, 2**20 + more, WRITE, 0))
+    host.space.write(GUEST + 1, b"".join(entry.pack() for entry in table))
+    ring = Descriptor(GUEST + 1, 16 * len(table), INDIRECT, 0)
+    host.buffer[host.layout.desc : host.layout.desc + 16] = ring.pack()
+    for offset, length in host.layout.areas()[1:]:
+        host.buffer[offset : offset + length] = bytes(length)
+    Words(host.buffer).set(host.layout.avail_idx, 2, 1)
+    assert host.device("native", 0).take() == (0, 4095 * 2**20, 2**20 + more, fault)
 
 
 @pytest.mark.parametrize("features", [0, F_EVENT_IDX])
