@@ -82,8 +82,8 @@ class EngineSpec:
     ) -> EngineSpec:
         """The same storage made slow and unreliable on purpose.
 
-        Each request is held for 0.5 to 1.5 times its delay, so that requests end out of order; `error_*` is the
-        share of requests, 0..1, that fail with EIO (a failed write stores nothing). Discards and zeroes count as writes.
+        Each request is held for 0.5 to 1.5 times its delay, so that requests end out of order; `error_*` is the share
+        of requests, 0..1, that fail with EIO (a failed write stores nothing). Discards and zeroes count as writes.
         """
 
     def resize(self, size: int) -> None:
@@ -129,7 +129,8 @@ class Queues:
         call: int | None = None,
         err: int | None = None,
     ) -> None:
-        """Starts ring `index`; `desc`, `used` and `avail` are user addresses (VringAddr), `features` the negotiated bits.
+        """Starts ring `index`; `desc`, `used` and `avail` are user addresses (VringAddr), `features` the negotiated
+        bits.
 
         The ring is looked at once at once. No `kick` means that it is polled. Raises `SetupError` (which says what is
         wrong: size, alignment, outside of memory, already started, unfit descriptor) and leaves the ring stopped.
@@ -156,7 +157,8 @@ class Queues:
 
     def take_events(self) -> list[Event]: ...
     def stats(self) -> list[dict[str, int]]:
-        """One dictionary per queue, from any thread, stopping nothing: see `docs/operate/statistics.md` for the keys."""
+        """One dictionary per queue, from any thread, stopping nothing: see `docs/operate/statistics.md` for the
+        keys."""
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Stops all rings and ends the workers once storage has answered. Raises `DrainTimeout` (the workers then end
@@ -208,7 +210,8 @@ class ChainQueues(Queues):
 
     def __new__(cls, *, num_queues: int, num_workers: int = 1) -> Self: ...
     def take(self, index: int, timeout_s: float | None = None) -> Chain | None:
-        """The next chain of ring `index`; None when `timeout_s` passed or the queues were closed. Waits. From any thread."""
+        """The next chain of ring `index`; None when `timeout_s` passed or the queues were closed. Waits. From any
+        thread."""
 
     @property
     def closed(self) -> bool: ...
@@ -217,8 +220,9 @@ class ChainQueues(Queues):
 class Chain:
     """One chain of a ring: a readable byte stream, then a writable one. From any thread.
 
-    Answered once, with `complete`; dropped unanswered it completes with length 0. Buffers stay mapped for as long as the
-    chain is referenced; after `complete` or after the ring was stopped by force reads and writes raise `SetupError`.
+    Answered once, with `complete`; dropped unanswered it completes with length 0. Buffers stay mapped for as long as
+    the chain is referenced; after `complete` or after the ring was stopped by force reads and writes raise
+    `SetupError`.
     """
 
     index: int
@@ -239,7 +243,8 @@ class Chain:
 
 @final
 class Arena:
-    """Shared memory of a front-end: a sealed memfd mapped into this process. Supports the buffer protocol (writable)."""
+    """Shared memory of a front-end: a sealed memfd mapped into this process. Supports the buffer protocol
+    (writable)."""
 
     def __new__(cls, size: int, *, huge_pages: bool = False) -> Self: ...
     @property
@@ -366,8 +371,8 @@ class RequestQueue:
         """Whether a request of so many data segments can be made now."""
 
     def submit(self, kind: int, sector: int, data: Sequence[tuple[int, int]], writable: bool, token: int) -> None:
-        """Makes a request over (guest_addr, length) pieces; not visible yet. `token` (64 bits) comes back with the answer.
-        Raises `BlockingIOError` when the queue is full, `SetupError` for too many pieces."""
+        """Makes a request over (guest_addr, length) pieces; not visible yet. `token` (64 bits) comes back with the
+        answer. Raises `BlockingIOError` when the queue is full, `SetupError` for too many pieces."""
 
     def publish(self) -> bool:
         """Makes what was submitted visible; True when the device wants to be kicked."""
@@ -390,7 +395,8 @@ class StopFlag:
 
 @final
 class LoadResult:
-    """What came of a load. Latencies are buckets (greatest value in ns, count), never wider than 1/64 of their value."""
+    """What came of a load. Latencies are buckets (greatest value in ns, count), never wider than 1/64 of their
+    value."""
 
     reads: list[tuple[int, int]]
     writes: list[tuple[int, int]]
@@ -430,7 +436,8 @@ def run_load(
     """Keeps `depth` requests of `block_size` bytes outstanding on `queue`, on this thread; other Python threads run.
 
     `data`, `address`: arena offset and guest address of `depth * block_size` bytes of buffers. Blocks are counted in
-    `block_size`; `read_share` is 0..1; a FLUSH follows every `flush_every` writes. `sleeping`: waits for calls instead of
-    polling. Raises `PeerGone` when the device leaves requests without an answer for `answer_limit_s`, `RemoteRingError`
-    when it breaks the ring, `SetupError` when the load fits neither buffers, queue nor (with `verify`) blocks.
+    `block_size`; `read_share` is 0..1; a FLUSH follows every `flush_every` writes. `sleeping`: waits for calls
+    instead of polling. Raises `PeerGone` when the device leaves requests without an answer for `answer_limit_s`,
+    `RemoteRingError` when it breaks the ring, `SetupError` when the load fits neither buffers, queue nor (with
+    `verify`) blocks.
     """
