@@ -146,7 +146,8 @@ impl GuestMemory {
 
     /// Looks at the files' sizes, after a system call met `EFAULT`; true when memory was taken away.
     pub fn check(&self) -> bool {
-        self.by_guest.iter().fold(false, |lost, r| r.map.check() || lost)
+        // Every mapping is looked at: `check` replaces a lost one.
+        self.by_guest.iter().filter(|region| region.map.check()).count() > 0
     }
 
     #[inline]
