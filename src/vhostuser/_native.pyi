@@ -194,12 +194,6 @@ class BlockQueues(Queues):
     def set_writeback(self, writeback: bool) -> None:
         """False: a write completes only once it is on stable storage. From any thread."""
 
-    def flush(self, timeout_s: float = 30.0) -> None:
-        """Makes every completed write durable, in turn with the guest's own FLUSH requests. Waits. From any thread.
-
-        Raises `OSError`; a failure counts like that of a guest's FLUSH. `TimeoutError` when another one does not end.
-        """
-
     @property
     def flush_failed(self) -> bool:
         """True once an fdatasync failed: every later FLUSH fails until the disk is reopened."""

@@ -436,25 +436,7 @@ fn flushes_of_all_workers_take_turns() {
         driver.ring.publish().unwrap();
         driver.kick();
     }
-    let mut synced = false;
-    host.shared
-        .flush(LIMIT, || {
-            synced = true;
-            Ok(())
-        })
-        .unwrap();
-    assert!(synced);
     for driver in &mut drivers {
         (0..20).for_each(|_| assert_eq!(driver.reap().1, 1));
     }
-}
-
-#[test]
-fn a_flush_that_fails_off_the_queues_fails_every_later_one() {
-    let mut host = Host::new(&memory_disk(), 1, 1);
-    let mut driver = host.driver(0, 4, FEATURES);
-    let failed = host.shared.flush(LIMIT, || Err(std::io::Error::from_raw_os_error(libc::EIO)));
-    assert_eq!(failed.unwrap_err().raw_os_error(), Some(libc::EIO));
-    assert_eq!(driver.request(&host, &header(4, 0), 0).0, 1);
-    assert!(host.shared.flush(LIMIT, || Ok(())).is_err());
 }

@@ -7,7 +7,6 @@ use std::time::Duration;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use vhostuser_core::blk::{BlkServe, BlkShared, Limits};
-use vhostuser_core::disk::Spec;
 use vhostuser_core::ring::RingSetup;
 use vhostuser_core::sys::fd::duplicate;
 use vhostuser_core::worker::{self as core, EventKind, Events, Notifiers, QueueStats, COUNTERS};
@@ -157,7 +156,6 @@ impl Queues {
 #[pyclass(frozen, extends = Queues, module = "vhostuser._native")]
 pub(crate) struct BlockQueues {
     shared: Arc<BlkShared>,
-    spec: Spec,
 }
 
 #[pymethods]
@@ -207,7 +205,7 @@ impl BlockQueues {
             move |_, waker| Ok(BlkServe::new(Arc::clone(&shared), spec.build()?, Arc::clone(&events), waker))
         };
         let queues = core::Queues::new(num_queues, num_workers, Duration::from_micros(poll_us), events, make)?;
-        Ok(PyClassInitializer::from(Queues::over(queues)).add_subclass(Self { shared, spec: engine.0.clone() }))
+        Ok(PyClassInitializer::from(Queues::over(queues)).add_subclass(Self { shared }))
     }
 
     fn set_num_sectors(&self, num_sectors: u64) {
@@ -216,12 +214,6 @@ impl BlockQueues {
 
     fn set_writeback(&self, writeback: bool) {
         self.shared.set_writeback(writeback);
-    }
-
-    #[pyo3(signature = (timeout_s = 30.0))]
-    fn flush(&self, py: Python<'_>, timeout_s: f64) -> PyResult<()> {
-        let limit = timeout(timeout_s)?;
-        Ok(py.detach(|| self.shared.flush(limit, || self.spec.sync()))?)
     }
 
     #[getter]

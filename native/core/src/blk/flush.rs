@@ -3,8 +3,7 @@
 //! The kernel reports a failed write-back once per open file: of two fdatasyncs that run together one
 //! hears of it, the other hears success. So they take turns, and the failure is marked before the next one runs.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::worker::Waker;
 
@@ -16,32 +15,24 @@ struct Turn {
 
 /// Whose turn it is to flush a disk. Held for as long as the fdatasync takes; its lock for some instructions.
 #[derive(Debug, Default)]
-pub(super) struct FlushGate {
-    turn: Mutex<Turn>,
-    freed: Condvar,
-}
+pub(super) struct FlushGate(Mutex<Turn>);
 
 impl FlushGate {
     fn turn(&self) -> MutexGuard<'_, Turn> {
-        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes the turn. When somebody has it, `waker` is woken once it is free: ask again then.
     pub(super) fn try_take(&self, waker: &Waker) -> bool {
         let mut turn = self.turn();
         if turn.taken {
-            turn.waiting.push(waker.clone());
+            if !turn.waiting.iter().any(|other| other.same_as(waker)) {
+                turn.waiting.push(waker.clone());
+            }
             return false;
         }
         turn.taken = true;
         true
-    }
-
-    /// Takes the turn, waiting for it; false when `timeout` passed. Not for workers.
-    pub(super) fn take(&self, timeout: Duration) -> bool {
-        let waited = self.freed.wait_timeout_while(self.turn(), timeout, |turn| turn.taken);
-        let (mut turn, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        !std::mem::replace(&mut turn.taken, true)
     }
 
     /// Gives the turn back.
@@ -51,7 +42,6 @@ impl FlushGate {
             turn.taken = false;
             std::mem::take(&mut turn.waiting)
         };
-        self.freed.notify_one();
         waiting.iter().for_each(Waker::wake);
     }
 }

@@ -1,9 +1,7 @@
 //! From a request to operations on storage, and from their completions to a status byte.
 
-use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Arc;
-use std::time::Duration;
 
 use super::flush::FlushGate;
 use super::request::{self, parse, Limits, Parsed, Range, Request, RequestType, S_IOERR, S_OK, S_UNSUPP};
@@ -49,20 +47,6 @@ impl BlkShared {
     /// Whether an fdatasync failed. It is not known then what was lost, so every later FLUSH fails too.
     pub fn flush_failed(&self) -> bool {
         self.flush_failed.load(Ordering::Acquire)
-    }
-
-    /// Carries out `sync`, an fdatasync of the disk, on the caller's thread and in its turn. A failure counts like
-    /// that of a guest's FLUSH. `TimedOut` when another one has not ended within `timeout`.
-    pub fn flush(&self, timeout: Duration, sync: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
-        if !self.flush_gate.take(timeout) {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        let result = if self.flush_failed() { Err(io::Error::from_raw_os_error(libc::EIO)) } else { sync() };
-        if result.is_err() {
-            self.flush_failed.store(true, Ordering::Release);
-        }
-        self.flush_gate.give_back();
-        result
     }
 }
 

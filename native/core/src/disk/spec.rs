@@ -1,7 +1,7 @@
 //! Which storage a disk has, and making an engine for it on each worker.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use super::null::NullEngine;
 use super::sync::SyncEngine;
 use super::transfer::{Alignment, Target};
 use super::{Completion, Engine, Faults, Operation};
-use crate::sys::{storage, uring};
+use crate::sys::uring;
 
 /// Longer delays than this are a mistake of the tester.
 const MAX_DELAY: Duration = Duration::from_secs(3600);
@@ -119,16 +119,6 @@ impl Spec {
         match &self.storage {
             Storage::Memory(disk) => disk.resize(size),
             _ => Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
-        }
-    }
-
-    /// Makes every completed write durable, on the caller's thread: for rare occasions beside the engines.
-    pub fn sync(&self) -> io::Result<()> {
-        match &self.storage {
-            Storage::File { target, .. } => {
-                storage::sync(target.fd.as_fd()).map(drop).map_err(io::Error::from_raw_os_error)
-            }
-            Storage::Memory(_) | Storage::Null => Ok(()),
         }
     }
 

@@ -67,6 +67,11 @@ impl Waker {
     pub fn wake(&self) {
         self.0.nudge();
     }
+
+    /// Whether both wake the same worker.
+    pub fn same_as(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
 }
 
 #[derive(Debug)]
