@@ -180,6 +180,10 @@ class StorageDaemon(Backend):
         """Whether it is installed on this machine."""
         return shutil.which("qemu-storage-daemon") is not None
 
+    def program(self) -> list[str]:
+        """The start of its command line."""
+        return ["qemu-storage-daemon"]
+
     def start(self) -> Child:
         """Start it and wait until its main loop answers: then the export exists."""
         export = self.export
@@ -196,7 +200,7 @@ class StorageDaemon(Backend):
         if export.block_size is not None:
             details += f",logical-block-size={export.block_size}"
         words += ["--export", f"type=vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={self.socket},{details}"]
-        child = Child("qemu-storage-daemon", ["qemu-storage-daemon", *words], self.log)
+        child = Child("qemu-storage-daemon", [*self.program(), *words], self.log)
         try:
             self._qmp = Qmp(listener.accept(child, START_S))
         except BaseException:
