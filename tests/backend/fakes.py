@@ -36,6 +36,8 @@ class FakeQueues:
         self.started: dict[int, int] = {}
         self.refuse_start: str | None = None
         self.stuck = False
+        self.looks = 0
+        self.counters: dict[str, int] = {}
         self.memory = GuestMemory()
 
     @property
@@ -104,7 +106,8 @@ class FakeQueues:
         return taken
 
     def stats(self) -> list[dict[str, int]]:
-        return [{} for _ in range(self._num_queues)]
+        self.looks += 1
+        return [self.counters, *({} for _ in range(self._num_queues - 1))]
 
     def close(self, timeout_s: float = 30.0) -> None:
         self.calls.append(("close",))

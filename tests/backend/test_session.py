@@ -10,6 +10,7 @@ from tests.backend.conftest import Serve
 from tests.backend.fakes import NUM_QUEUES, FakeDevice, addr_of
 from tests.backend.frontend import ACKED, Frontend, GoneError, GuestRam
 
+from vhostuser.backend import hints
 from vhostuser.protocol import (
     F_PROTOCOL_FEATURES,
     U64,
@@ -475,28 +476,52 @@ def test_a_ring_without_any_memory_brings_the_hint_about_sharing(
     assert "share=on" in caplog.text
 
 
-def test_memory_in_which_nothing_was_ever_written_brings_the_hint_about_sharing_once(
-    peer: Frontend, caplog: pytest.LogCaptureFixture, ram: GuestRam
-) -> None:
-    peer.negotiate()
-    ram.share(peer)
-    for index in (0, 1):
-        describe_ring(peer, index)
-        kick(peer, index)
-        peer.do(Req.SET_VRING_ENABLE, VringState(index, 1))
-    peer.barrier()
-    assert caplog.text.count("share=on") == 1
+@pytest.fixture
+def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look after a hundredth of the time whether a guest gets anywhere."""
+    monkeypatch.setattr(hints, "FIRST_LOOK_S", 0.01)
+    monkeypatch.setattr(hints, "LAST_LOOK_S", 0.6)
 
 
-def test_memory_in_which_the_guest_wrote_brings_no_hint(
-    peer: Frontend, caplog: pytest.LogCaptureFixture, ram: GuestRam
-) -> None:
+@pytest.fixture
+def running(device: FakeDevice, peer: Frontend, ram: GuestRam) -> FakeDevice:
+    """A device with a ring that runs, in memory of zeroes."""
     peer.negotiate()
-    memoryview(ram.arena)[0:4] = b"BIOS"
     ram.share(peer)
     describe_ring(peer)
     kick(peer)
     peer.do(Req.SET_VRING_ENABLE, VringState(0, 1))
+    return device
+
+
+def looked(device: FakeDevice, times: int) -> None:
+    """Wait until the session has read the counters so often."""
+    seen = device.fake.looks
+    while device.fake.looks < seen + times:
+        os.sched_yield()
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_a_guest_whose_writes_never_appear_brings_the_hint_about_sharing_once(
+    running: FakeDevice, peer: Frontend, caplog: pytest.LogCaptureFixture
+) -> None:
+    looked(running, 1)
+    assert "share=on" not in caplog.text
+    running.fake.counters = {"kicks": 1}
+    looked(running, 1)
+    peer.barrier()
+    peer.do(Req.SET_VRING_ENABLE, VringState(0, 1))
+    assert caplog.text.count("share=on") == 1
+
+
+@pytest.mark.usefixtures("quick_looks")
+@pytest.mark.parametrize("sign", ["writes", "memory"])
+def test_a_guest_that_shares_its_memory_brings_no_hint(
+    running: FakeDevice, peer: Frontend, ram: GuestRam, caplog: pytest.LogCaptureFixture, sign: str
+) -> None:
+    memoryview(ram.arena)[0:4] = b"BIOS" if sign == "memory" else bytes(4)
+    running.fake.counters = {"kicks": 5, "writes": int(sign == "writes")}
+    looked(running, 1)
     peer.barrier()
     assert "share=on" not in caplog.text
 

@@ -1,22 +1,29 @@
-"""What to tell a person whose guest memory is not shared, every new user's first mistake. Touches memory files."""
+"""What to tell a person whose guest memory is not shared, every new user's first mistake. Touches guest memory."""
 
 from __future__ import annotations
 
 import logging
-import os
-import stat
-from collections.abc import Sequence
+import time
 from typing import TYPE_CHECKING, Final
 
+from vhostuser.errors import GuestMemoryError
+
 if TYPE_CHECKING:
+    from vhostuser._native import Queues
     from vhostuser.backend.vrings import Vrings
-    from vhostuser.fds import Fd
-    from vhostuser.protocol import MemoryRegion
 
 SHARE_HINT: Final = (
     "Guest memory must be shared: with QEMU use -object memory-backend-memfd,id=mem,size=...,share=on "
     "and -machine memory-backend=mem, with Cloud Hypervisor --memory shared=on"
 )
+
+FIRST_LOOK_S: Final = 1.0
+"""How long after the first ring runs we look whether the guest does anything. Each later look waits twice as long."""
+LAST_LOOK_S: Final = 60.0
+SAMPLE: Final = 1 << 20
+"""Bytes at the start of guest memory that firmware or kernel write before any driver starts."""
+
+WORK: Final = ("reads", "writes", "flushes", "discards", "write_zeroes", "get_ids", "others", "in_flight")
 
 log = logging.getLogger(__name__)
 
@@ -24,48 +31,64 @@ log = logging.getLogger(__name__)
 class SharingCheck:
     """Notices guest memory that is private to the hypervisor, and says so once per connection.
 
-    Private memory may come with a descriptor all the same; whatever the guest writes then never reaches the file. So a
-    file of which nothing was ever written, when a ring already runs in it, is no guest memory. The lowest region is
-    looked at: firmware and kernels write there before any driver starts.
+    QEMU keeps private memory to itself, or (7.2 to 10.0, with a memfd) sends a descriptor in which nothing appears that
+    the guest writes: rings look empty for ever. So: a guest that kicks, whose requests are not there, and whose memory
+    begins with nothing but zeroes.
     """
 
-    def __init__(self) -> None:
-        self._lowest: tuple[int, Fd] | None = None
-        self._warned = False
+    def __init__(self, name: str, queues: Queues, rings: Vrings) -> None:
+        """``name`` is the device's, for the log."""
+        self._name = name
+        self._queues = queues
+        self._rings = rings
+        self._over = False
+        self._before: tuple[int, int] | None = None
+        self._delay_s = FIRST_LOOK_S
+        self._next = 0.0
 
-    def replace(self, regions: Sequence[MemoryRegion], fds: Sequence[Fd]) -> None:
-        """Remember the lowest of the regions of a whole table. The descriptors stay the caller's."""
-        self.close()
-        for region, fd in zip(regions, fds, strict=True):
-            self.add(region, fd)
-
-    def add(self, region: MemoryRegion, fd: Fd) -> None:
-        """Remember the region when it is the lowest so far. The descriptor stays the caller's."""
-        if not self._warned and (self._lowest is None or region.guest_addr < self._lowest[0]):
-            self.close()
-            self._lowest = region.guest_addr, fd.duplicate()
-
-    def look(self, name: str, rings: Vrings) -> None:
-        """Log the hint when a ring was started on memory that cannot be shared. ``name`` is the device's."""
-        if self._warned:
+    def look(self) -> None:
+        """Look at what the last message brought: a ring without any memory, or the first ring that runs."""
+        if self._over:
             return
-        if rings.waiting_for_memory:
-            self._warn(name, "the front-end started a ring but gave no memory")
-        elif rings.active and self._lowest is not None and _never_written(self._lowest[1]):
-            self._warn(name, "nothing was ever written to the guest memory that the front-end gave")
+        if self._rings.waiting_for_memory:
+            self._warn("the front-end started a ring but gave no memory")
+        elif self._before is None and self._rings.active:
+            self._before = self._counts()
+            self._next = time.monotonic() + self._delay_s
 
-    def close(self) -> None:
-        """Close what is kept. Idempotent."""
-        if self._lowest is not None:
-            self._lowest[1].close()
-            self._lowest = None
+    def patience_s(self) -> float | None:
+        """How long to wait for anything else before `look_again` is due; None: for ever."""
+        if self._over or self._before is None:
+            return None
+        return max(0.0, self._next - time.monotonic())
 
-    def _warn(self, name: str, cause: str) -> None:
-        self._warned = True
-        self.close()
-        log.warning("%s: %s. %s.", name, cause, SHARE_HINT)
+    def look_again(self) -> None:
+        """Look whether the guest got anywhere, when it is time to."""
+        if self._over or self._before is None or time.monotonic() < self._next:
+            return
+        kicks, work = self._counts()
+        if work != self._before[1] or self._delay_s >= LAST_LOOK_S:
+            self._over = True
+        elif kicks != self._before[0] and self._begins_empty():
+            self._warn("the guest kicks, but nothing that it writes appears in the memory that the front-end gave")
+        self._delay_s *= 2
+        self._next = time.monotonic() + self._delay_s
 
+    def _counts(self) -> tuple[int, int]:
+        stats = self._queues.stats()
+        return sum(one.get("kicks", 0) for one in stats), sum(one.get(key, 0) for one in stats for key in WORK)
 
-def _never_written(fd: Fd) -> bool:
-    status = os.fstat(fd.fileno())
-    return stat.S_ISREG(status.st_mode) and status.st_blocks == 0
+    def _begins_empty(self) -> bool:
+        memory = self._rings.memory
+        if not memory.regions:
+            return False
+        start, size, _, _ = memory.regions[0]
+        try:
+            sample = memory.read(start, min(size, SAMPLE))
+        except GuestMemoryError:
+            return False
+        return sample == bytes(len(sample))
+
+    def _warn(self, cause: str) -> None:
+        self._over = True
+        log.warning("%s: %s. %s.", self._name, cause, SHARE_HINT)

@@ -80,7 +80,8 @@ class News:
         try:
             use()
         except (PeerGone, RemoteProtocolError) as error:
-            log.warning("%s: no more news reach the guest: %s", self._device.name, error)
+            level = logging.INFO if isinstance(error, PeerGone) else logging.WARNING
+            log.log(level, "%s: no more news reach the guest: %s", self._device.name, error)
             self.close()
         else:
             self._watch(channel)

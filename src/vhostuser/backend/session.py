@@ -82,7 +82,7 @@ class Session:
         self._rings = Vrings(
             device.queues, name=device.name, max_size=device.max_queue_size, drain_timeout_s=drain_timeout_s
         )
-        self._sharing = SharingCheck()
+        self._sharing = SharingCheck(device.name, device.queues, self._rings)
         self._selector = selectors.DefaultSelector()
         self._news = News(device, self._rings, self._selector)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -130,9 +130,10 @@ class Session:
         watch(self._device.queues.events_fd, selectors.EVENT_READ, self._take_events)
         watch(self._wake, selectors.EVENT_READ, self._take_mail)
         while not self._connection.closed and not self._stopping:
-            for key, _ in self._selector.select():
+            for key, _ in self._selector.select(self._sharing.patience_s()):
                 handle: Callable[[], None] = key.data
                 handle()
+            self._sharing.look_again()
 
     def _receive(self) -> None:
         data, fds = self._transport.receive(self._connection.want)
@@ -167,7 +168,7 @@ class Session:
         finally:
             for fd in message.fds:
                 fd.close()
-        self._sharing.look(self._device.name, self._rings)
+        self._sharing.look()
         self._news.tell()
 
     def _refuse(self, event: Message[Fd] | Refused, reason: str) -> None:
@@ -197,14 +198,12 @@ class Session:
                 return U64(device.num_queues)
             case Message(Req.SET_MEM_TABLE, MemoryTable(regions), fds):
                 rings.set_memory(GuestMemory([_region(*pair) for pair in zip(regions, fds, strict=True)]))
-                self._sharing.replace(regions, fds)
             case Message(Req.GET_MAX_MEM_SLOTS):
                 return U64(MAX_MEM_SLOTS)
             case Message(Req.ADD_MEM_REG, SingleRegion(region), (fd,)):
                 if len(rings.memory.regions) >= MAX_MEM_SLOTS:
                     raise GuestMemoryError(f"there are {MAX_MEM_SLOTS} regions already")
                 rings.set_memory(rings.memory.add(_region(region, fd)))
-                self._sharing.add(region, fd)
             case Message(Req.REM_MEM_REG, SingleRegion(region)):
                 rings.set_memory(rings.memory.remove(region.guest_addr, region.size, region.user_addr))
             case Message(Req.SET_VRING_NUM, VringState(index, num)):
@@ -297,7 +296,7 @@ class Session:
     def _end(self) -> None:
         """Give everything back. The connection is closed first unless it is we who leave."""
         with ExitStack() as last:
-            for step in (self._let_go, self._device.reset, self._rings.close, self._sharing.close, self._news.close):
+            for step in (self._let_go, self._device.reset, self._rings.close, self._news.close):
                 last.callback(step)
             last.callback(self._device.attach, None)
             last.callback(self._hang_up)
