@@ -156,6 +156,16 @@ class Ours(Backend):
         assert isinstance(found, dict)
         return found
 
+    def information(self) -> dict[str, object]:
+        """What ``disk.info`` says over the control socket."""
+        with socket.socket(socket.AF_UNIX) as control:
+            control.connect(f"{self.socket}.ctl")
+            control.sendall(json.dumps({"jsonrpc": "2.0", "id": 1, "method": "disk.info"}).encode() + b"\n")
+            with control.makefile("rb") as answers:
+                found = json.loads(answers.readline())["result"]
+        assert isinstance(found, dict)
+        return found
+
     def stop(self) -> None:
         """Also refuses a back-end that wrote a traceback or a panic into its log."""
         super().stop()

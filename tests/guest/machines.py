@@ -12,14 +12,13 @@ from types import TracebackType
 from typing import Final, Self
 
 from .prepare import Machine, Qemu
-from .processes import Child, ChildError, Deadline, readable
+from .processes import POLL_S, Child, ChildError, Deadline, readable
 from .streams import CommandError, Listener, Qmp, Result, Shell
 
 MIB: Final = 1 << 20
 BOOT_S: Final = 40.0
 START_S: Final = 30.0
 COMMAND_S: Final = 60.0
-POLL_S: Final = 0.05  # a file cannot be waited for: how often the console is looked at
 RECONNECT_MS_SINCE: Final = (9, 2)
 
 

@@ -6,6 +6,7 @@ Touches: processes, their log files, the load average.
 from __future__ import annotations
 
 import os
+import re
 import select
 import shutil
 import signal
@@ -14,9 +15,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Final, Protocol, Self
 
-TAIL_BYTES = 3000
+TAIL_BYTES: Final = 3000
+POLL_S: Final = 0.05  # a file cannot be waited for: how often one is looked at
 
 
 class HasFileno(Protocol):
@@ -93,6 +95,14 @@ class Child:
     def tail(self) -> str:
         """The end of what it wrote."""
         return self.log.read_bytes()[-TAIL_BYTES:].decode(errors="replace")
+
+    def wait_output(self, pattern: str, limit_s: float) -> str:
+        """Wait until its output holds ``pattern`` and return what matched; raises `ChildError` when it never does."""
+        deadline = Deadline(limit_s)
+        while not (found := re.search(pattern, self.log.read_text(errors="replace"))):
+            if readable([self], POLL_S) or not deadline.left_s:
+                raise ChildError(f"{self.name} did not write `{pattern}`; its output ends: {self.tail()}")
+        return found[0]
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal."""

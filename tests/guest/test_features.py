@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.guest.backends import Ours
 from tests.guest.conftest import Boot, Serve
 from tests.guest.images import MIB, blank, digest, noise
 from tests.guest.machines import Disk, Guest
@@ -56,12 +57,17 @@ def test_the_kernel_sees_every_feature_with_its_value(serve: Serve, boot: Boot, 
 
 
 def test_four_queues_carry_requests_at_once(serve: Serve, boot: Boot, image: Path) -> None:
-    guest = boot(Disk(serve(image, queues=4).socket, options={"num-queues": 4}), cpus=4, memory_mib=512)
+    backend = serve(image, queues=4)
+    guest = boot(Disk(backend.socket, options={"num-queues": 4}), cpus=4, memory_mib=512)
     said = guest.run("load --direct --discard --threads=8 --seconds=4 --largest=256K /dev/vda")
     assert said.startswith("load: ok"), said
     interrupts = guest.run("grep virtio0-req /proc/interrupts").splitlines()
     used = [line for line in interrupts if any(int(count) for count in line.split()[1:5])]
     assert len(interrupts) == len(used) == 4, interrupts
+    if isinstance(backend, Ours):
+        queues = backend.statistics()["queues"]
+        assert isinstance(queues, list)
+        assert [queue["reads"] > 0 and queue["writes"] > 0 for queue in queues] == [True] * 4
 
 
 def test_a_read_only_disk_is_seen_as_one_and_cannot_be_written(serve: Serve, boot: Boot, place: Path) -> None:
@@ -104,13 +110,16 @@ def test_physical_blocks_are_told(serve: Serve, boot: Boot, image: Path) -> None
 
 
 def test_the_guest_switches_the_write_cache_off_and_on(serve: Serve, boot: Boot, image: Path) -> None:
-    guest = boot(Disk(serve(image).socket))
+    backend = serve(image)
+    guest = boot(Disk(backend.socket))
     if attribute(guest, "vda", "cache_type") == "write through":  # where the back-end starts is its own choice
         guest.run("echo write back >/sys/block/vda/cache_type")
     for mode in ("write through", "write back", "write through"):
         guest.run(f"echo {mode} >/sys/block/vda/cache_type")
         assert attribute(guest, "vda", "cache_type") == mode
         assert attribute(guest, "vda", "queue/write_cache") == mode
+        if isinstance(backend, Ours):
+            assert backend.information()["writeback"] == (mode == "write back")
         said = guest.run("load --direct --discard --seconds=1 /dev/vda")
         assert said.startswith("load: ok"), said
     guest.reset()
