@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import platform
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -38,11 +39,13 @@ def mirror() -> str:
         return chosen.rstrip("/")
     if shutil.which("apt-get") is None:
         raise PackagesError("this machine has no apt-get; guests are built from Debian's packages")
-    listing = _output(["apt-get", "indextargets", "--format", "$(REPO_URI)|$(CREATED_BY)", "Created-By: Packages"])
-    for line in listing.splitlines():
-        location = line.partition("|")[0].rstrip("/")
-        if location.endswith("/debian"):
-            return location
+    chosen_format = ["--no-release-info", "--format", "$(RELEASE) $(REPO_URI)", "Created-By: Packages"]
+    listing = [line.split() for line in _output(["apt-get", "indextargets", *chosen_format]).splitlines()]
+    release = platform.freedesktop_os_release().get("VERSION_CODENAME")
+    by_name = [location for _, location in listing if location.rstrip("/").endswith("/debian")]
+    by_release = [location for suite, location in listing if suite == release and _is_debian()]
+    for location in by_name + by_release:
+        return location.rstrip("/")
     raise PackagesError(f"no Debian archive among the apt sources of this machine; name one in {MIRROR_VARIABLE}")
 
 
@@ -182,6 +185,10 @@ def _alone() -> Iterator[None]:
     with (CACHE / "lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+
+
+def _is_debian() -> bool:
+    return platform.freedesktop_os_release().get("ID") == "debian"
 
 
 def _named(package: Path) -> tuple[str, str]:

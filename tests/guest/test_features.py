@@ -38,6 +38,11 @@ def features(guest: Guest, disk: str) -> set[int]:
     return {bit for bit, digit in enumerate(attribute(guest, disk, "device/features")) if digit == "1"}
 
 
+@pytest.mark.covers(
+    *(f"VIRTIO_BLK_F_{name}" for name in ("SEG_MAX", "BLK_SIZE", "FLUSH", "TOPOLOGY", "CONFIG_WCE", "MQ")),
+    *("VIRTIO_BLK_F_DISCARD", "VIRTIO_BLK_F_WRITE_ZEROES"),
+    *("VIRTIO_F_INDIRECT_DESC", "VIRTIO_F_EVENT_IDX", "VIRTIO_F_VERSION_1"),
+)
 def test_the_kernel_sees_every_feature_with_its_value(serve: Serve, boot: Boot, image: Path) -> None:
     backend = serve(image, queues=4)
     guest = boot(Disk(backend.socket, options={"num-queues": 4}), cpus=4, memory_mib=512)
@@ -56,6 +61,7 @@ def test_the_kernel_sees_every_feature_with_its_value(serve: Serve, boot: Boot, 
     assert len(guest.run("ls /sys/block/vda/mq").split()) == 4
 
 
+@pytest.mark.covers("VHOST_USER_PROTOCOL_F_MQ", "VIRTIO_BLK_F_MQ")
 def test_four_queues_carry_requests_at_once(serve: Serve, boot: Boot, image: Path) -> None:
     backend = serve(image, queues=4)
     guest = boot(Disk(backend.socket, options={"num-queues": 4}), cpus=4, memory_mib=512)
@@ -70,6 +76,7 @@ def test_four_queues_carry_requests_at_once(serve: Serve, boot: Boot, image: Pat
         assert [queue["reads"] > 0 and queue["writes"] > 0 for queue in queues] == [True] * 4
 
 
+@pytest.mark.covers("VIRTIO_BLK_F_RO")
 def test_a_read_only_disk_is_seen_as_one_and_cannot_be_written(serve: Serve, boot: Boot, place: Path) -> None:
     image = noise(place / "ro.img", 4 * MIB)
     before = digest(image)
@@ -90,6 +97,7 @@ def test_the_serial_number_arrives(serve: Serve, boot: Boot, image: Path, serial
     assert attribute(guest, "vda", "serial") == serial
 
 
+@pytest.mark.covers("VIRTIO_BLK_F_BLK_SIZE")
 def test_disks_of_512_and_4096_byte_blocks_work_side_by_side(serve: Serve, boot: Boot, place: Path) -> None:
     small = serve(blank(place / "small.img", 32 * MIB), block_size=512)
     large = serve(blank(place / "large.img", 32 * MIB), block_size=4096)
@@ -103,12 +111,14 @@ def test_disks_of_512_and_4096_byte_blocks_work_side_by_side(serve: Serve, boot:
     assert guest.attempt("dd if=/dev/vdb of=/dev/null bs=512 count=1 iflag=direct").status != 0
 
 
+@pytest.mark.covers("VIRTIO_BLK_F_TOPOLOGY")
 def test_physical_blocks_are_told(serve: Serve, boot: Boot, image: Path) -> None:
     guest = boot(Disk(serve(image, block_size=512, physical_block_size=4096).socket))
     assert attribute(guest, "vda", "queue/logical_block_size") == "512"
     assert attribute(guest, "vda", "queue/physical_block_size") == "4096"
 
 
+@pytest.mark.covers("VIRTIO_BLK_F_CONFIG_WCE", "VHOST_USER_SET_CONFIG")
 def test_the_guest_switches_the_write_cache_off_and_on(serve: Serve, boot: Boot, image: Path) -> None:
     backend = serve(image)
     guest = boot(Disk(backend.socket))

@@ -46,6 +46,7 @@ def test_a_file_system_synced_but_not_unmounted_survives_the_kill_of_its_machine
     guest.run(f"mount /dev/vda /mnt && ({CHECK}) && umount /mnt && e2fsck -f -n /dev/vda")
 
 
+@pytest.mark.covers("VIRTIO_BLK_F_DISCARD")
 def test_discarded_space_is_given_back_to_the_host(serve: Serve, boot: Boot, image: Path) -> None:
     guest = boot(Disk(serve(image).socket))
     guest.run("mke2fs -q -t ext4 -E nodiscard /dev/vda && mount /dev/vda /mnt")
@@ -63,6 +64,7 @@ def test_discarded_space_is_given_back_to_the_host(serve: Serve, boot: Boot, ima
     assert guest.run("head -c 16777216 /dev/vda | cmp - /dev/zero 2>&1 || true").startswith("cmp: EOF on -")
 
 
+@pytest.mark.covers("VIRTIO_BLK_F_WRITE_ZEROES")
 def test_zeroed_ranges_read_as_zeroes_and_nothing_around_them_changes(serve: Serve, boot: Boot, image: Path) -> None:
     guest = boot(Disk(serve(image).socket))
     guest.run("head -c 8388608 /dev/urandom >/tmp/data && dd if=/tmp/data of=/dev/vda bs=1M conv=fsync status=none")

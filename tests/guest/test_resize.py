@@ -20,6 +20,7 @@ def wait_size(guest: Guest, size: int) -> None:
     guest.run(f"until [ $(cat /sys/block/vda/size) = {size // 512} ]; do usleep 20000; done", 30)
 
 
+@pytest.mark.covers("VHOST_USER_BACKEND_CONFIG_CHANGE_MSG")
 def test_a_mounted_disk_grows_and_its_file_system_with_it(serve: Serve, boot: Boot, image: Path) -> None:
     backend = serve(image)
     guest = boot(Disk(backend.socket))

@@ -55,6 +55,7 @@ FORMS = [
 ]
 
 
+@pytest.mark.covers("VIRTIO_F_INDIRECT_DESC", "VIRTIO_F_EVENT_IDX", "VIRTIO_BLK_F_SEG_MAX")
 @pytest.mark.parametrize("forms", FORMS, ids=["indirect", "direct"])
 def test_rings_of_every_size_and_form_lose_nothing(serve: Serve, boot: Boot, place: Path, forms: list[Form]) -> None:
     disks = []
@@ -77,6 +78,7 @@ def test_rings_of_every_size_and_form_lose_nothing(serve: Serve, boot: Boot, pla
         assert "status 0" in said
 
 
+@pytest.mark.covers("VIRTIO_F_VERSION_1")
 def test_a_virtio_09_device_is_served(serve: Serve, boot: Boot, image: Path) -> None:
     guest = boot(Disk(serve(image).socket, options={"disable-modern": True, "disable-legacy": False}))
     assert VERSION_1 not in features(guest, "vda")

@@ -55,6 +55,7 @@ def test_a_disk_is_plugged_in_and_pulled_under_load(serve: Serve, boot: Boot, im
         guest.run(WAIT_FOR_NO_DISK)
 
 
+@pytest.mark.covers("VHOST_USER_ADD_MEM_REG")
 def test_memory_is_plugged_in_under_load_and_used_for_it(serve: Serve, boot: Boot, place: Path) -> None:
     guest = boot(Disk(serve(blank(place / "disk.img", 512 * MIB)).socket), memory_mib=256, spare_memory_mib=768)
     total = "awk '/MemTotal/ {print $2}' /proc/meminfo"
