@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from vhostuser._native import Chain, ChainQueues, GuestMemory
     from vhostuser.backend import ConfigNotice, Device, Server
     from vhostuser.blk import BlockDevice
+    from vhostuser.blk.client import BlockClient, connect
+    from vhostuser.blk.link import ConfigChange
+    from vhostuser.blk.requests import Discard, Flush, GetId, Read, ReadInto, Write, WriteZeroes
     from vhostuser.control import ControlClient, ControlServer, disk_methods
     from vhostuser.disks import (
         Capability,
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
         parse_size,
     )
     from vhostuser.errors import (
+        BackendRefused,
+        BackendUnfit,
         ConfigRefused,
         DrainTimeout,
         GuestMemoryError,
@@ -33,12 +38,15 @@ if TYPE_CHECKING:
         ProtocolError,
         RemoteProtocolError,
         RemoteRingError,
+        RequestFailed,
+        RequestRefused,
         SetupError,
         UsageError,
         VhostUserError,
     )
     from vhostuser.fds import Fd
-    from vhostuser.transport import Listener, Transport, adopt, connect, listen
+    from vhostuser.frontend import Backoff, Buffer, HostDevice, SharedMemory
+    from vhostuser.transport import Listener, Transport, adopt, listen
     from vhostuser.virtio.blk import BlkFeature
     from vhostuser.virtio.features import RingFeature
 
@@ -46,6 +54,9 @@ _HOMES = {
     "_native": ("Chain", "ChainQueues", "GuestMemory"),
     "backend": ("ConfigNotice", "Device", "Server"),
     "blk": ("BlockDevice",),
+    "blk.client": ("BlockClient", "connect"),
+    "blk.link": ("ConfigChange",),
+    "blk.requests": ("Discard", "Flush", "GetId", "Read", "ReadInto", "Write", "WriteZeroes"),
     "control": ("ControlClient", "ControlServer", "disk_methods"),
     "disks": (
         "Capability",
@@ -61,6 +72,8 @@ _HOMES = {
         "parse_size",
     ),
     "errors": (
+        "BackendRefused",
+        "BackendUnfit",
         "ConfigRefused",
         "DrainTimeout",
         "GuestMemoryError",
@@ -70,36 +83,49 @@ _HOMES = {
         "ProtocolError",
         "RemoteProtocolError",
         "RemoteRingError",
+        "RequestFailed",
+        "RequestRefused",
         "SetupError",
         "UsageError",
         "VhostUserError",
     ),
     "fds": ("Fd",),
-    "transport": ("Listener", "Transport", "adopt", "connect", "listen"),
+    "frontend": ("Backoff", "Buffer", "HostDevice", "SharedMemory"),
+    "transport": ("Listener", "Transport", "adopt", "listen"),
     "virtio.blk": ("BlkFeature",),
     "virtio.features": ("RingFeature",),
 }
 _HOME_OF = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "BackendRefused",
+    "BackendUnfit",
+    "Backoff",
     "BlkFeature",
+    "BlockClient",
     "BlockDevice",
+    "Buffer",
     "Capability",
     "Chain",
     "ChainQueues",
+    "ConfigChange",
     "ConfigNotice",
     "ConfigRefused",
     "ControlClient",
     "ControlServer",
     "Device",
+    "Discard",
     "Disk",
     "DrainTimeout",
     "Faults",
     "FaultyDisk",
     "Fd",
     "FileDisk",
+    "Flush",
+    "GetId",
     "GuestMemory",
     "GuestMemoryError",
+    "HostDevice",
     "Limits",
     "Listener",
     "LocalProtocolError",
@@ -109,14 +135,21 @@ __all__ = [
     "OperatorError",
     "PeerGone",
     "ProtocolError",
+    "Read",
+    "ReadInto",
     "RemoteProtocolError",
     "RemoteRingError",
+    "RequestFailed",
+    "RequestRefused",
     "RingFeature",
     "Server",
     "SetupError",
+    "SharedMemory",
     "Transport",
     "UsageError",
     "VhostUserError",
+    "Write",
+    "WriteZeroes",
     "adopt",
     "connect",
     "disk_methods",

@@ -43,6 +43,31 @@ class ConfigRefused(VhostUserError):
     """A write to the configuration space that the driver may not make."""
 
 
+class BackendRefused(VhostUserError):
+    """The back-end answered one message with a failure. The connection is still good."""
+
+    def __init__(self, request: str, code: int | None = None) -> None:
+        """``request`` is the name of the message; ``code`` what it was acknowledged with, if that is how it failed."""
+        super().__init__(f"the back-end refused {request}" + (f" with code {code:#x}" if code is not None else ""))
+        self.request = request
+        self.code = code
+
+
+class RequestRefused(VhostUserError, ValueError):
+    """A request that the disk cannot take: out of its range, not whole blocks, not offered. Nothing was sent."""
+
+
+class RequestFailed(VhostUserError, OSError):
+    """The device answered a request with a status other than OK. ``errno`` says the same as ``status``."""
+
+    def __init__(self, errno: int, cause: str, status: int, kind: int, sector: int) -> None:
+        """``kind`` and ``sector`` are of the request as it was sent, ``status`` is the byte that came back."""
+        super().__init__(errno, cause)
+        self.status = status
+        self.kind = kind
+        self.sector = sector
+
+
 class OperatorError(VhostUserError):
     """Something a person asked for cannot be done; rendered as ``vhostuser: object: cause. advice``."""
 
@@ -56,3 +81,7 @@ class OperatorError(VhostUserError):
 
 class UsageError(OperatorError):
     """What was asked for makes no sense as such; programs exit with 2."""
+
+
+class BackendUnfit(OperatorError):
+    """A back-end that works, but cannot be driven: the text says what it lacks."""

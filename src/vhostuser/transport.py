@@ -58,6 +58,12 @@ class Transport:
         """Return a transport that only sends. Takes over ``fd``, the write end of a pipe."""
         return _PipeTransport(fd, send_timeout_s=send_timeout_s)
 
+    @staticmethod
+    def pair(*, send_timeout_s: float = SEND_TIMEOUT_S) -> tuple[Transport, Fd]:
+        """Return one end of a new socket pair, and the other as a descriptor to give away."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        return Transport(ours, send_timeout_s=send_timeout_s), Fd(theirs.detach())
+
     @property
     def receives(self) -> bool:
         """False for a pipe: no acknowledgement can ever come back."""

@@ -1,0 +1,370 @@
+"""A disk behind any vhost-user back-end, for threads. Touches what `DiskLink` gives it, and one thread.
+
+One thread per client takes the answers (the reaper), whoever asked. It costs a change of threads for each call that
+waits. In return a future completes although nobody waits for it, a back-end that hangs up or says nothing is noticed
+at once and by all, and calls of many threads never wait for each other's. Who needs more keeps many requests in the
+ring, or uses the native load loop.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
+
+from vhostuser.blk.lane import Lane
+from vhostuser.blk.link import USABLE_FEATURES, ChangeListener, ConfigChange, DiskLink, Options
+from vhostuser.blk.requests import Discard, Flush, GetId, Read, ReadInto, Request, Write, WriteZeroes
+from vhostuser.errors import ConfigRefused, PeerGone, SetupError, VhostUserError
+from vhostuser.frontend.client import USABLE
+from vhostuser.frontend.dialogue import again
+from vhostuser.frontend.reach import reachable_again
+from vhostuser.frontend.reconnect import Backoff, try_again
+from vhostuser.virtio.blk import BlkFeature, VirtioBlkConfig
+
+if TYPE_CHECKING:
+    from vhostuser.blk.fileobj import DiskFile
+    from vhostuser.blk.requests import Source, Target
+    from vhostuser.frontend.memory import Buffer
+    from vhostuser.frontend.reach import Endpoint
+    from vhostuser.protocol import ProtocolFeature
+
+T = TypeVar("T")
+
+MAX_CHANGES: Final = 1024
+
+log = logging.getLogger(__name__)
+
+
+def connect(
+    endpoint: Endpoint,
+    *,
+    queues: int = 1,
+    queue_size: int = 128,
+    memory: int = 64 << 20,
+    copy_memory: int | None = None,
+    per_thread: bool = False,
+    timeout_s: float = 10.0,
+    request_timeout_s: float = 30.0,
+    reconnect: Backoff | None = None,
+    on_config_change: ChangeListener | None = None,
+    listen: bool = False,
+    huge_pages: bool = False,
+    features: int = USABLE_FEATURES,
+    protocol_features: ProtocolFeature = USABLE,
+) -> BlockClient:
+    """Connect to the disk at ``endpoint``: the path of its socket (``@name`` for an abstract one), or an inherited
+    descriptor or a `Transport`, which is taken over. Blocks until it can be used.
+
+    ``queues`` of ``queue_size`` descriptors each (a power of two from 4 on) carry the requests, in turn; with
+    ``per_thread`` every thread keeps to one of them. ``memory`` bytes are for buffers of `BlockClient.allocate`,
+    ``copy_memory`` bytes of each queue for data that is copied (by default 16 KiB per descriptor, 4 MiB at least).
+    ``timeout_s`` bounds the connection and every message on the socket, ``request_timeout_s`` every request: a back-end
+    that takes longer counts as gone. With ``reconnect`` a new connection is made when it has gone; requests under way
+    fail all the same. ``on_config_change`` is called, on another thread, when the configuration changes. ``listen``: be
+    the server and wait for the back-end. ``huge_pages``: take the memory from the system's reserve of them.
+    ``features`` and ``protocol_features``: use no others than these.
+
+    Raises `BackendUnfit` when the back-end cannot be driven, `OperatorError` when there is none, `SetupError` for
+    options that make no sense, and `PeerGone` or `RemoteProtocolError` for a back-end that is silent or broken.
+    """
+    options = Options(
+        queues=queues,
+        queue_size=queue_size,
+        memory=memory,
+        copy_memory=copy_memory,
+        timeout_s=timeout_s,
+        request_timeout_s=request_timeout_s,
+        listen=listen,
+        huge_pages=huge_pages,
+        features=features,
+        protocol_features=protocol_features,
+    )
+    return BlockClient(endpoint, options, per_thread=per_thread, reconnect=reconnect, on_config_change=on_config_change)
+
+
+class BlockClient:
+    """A disk. Every method may be called from any thread, at the same time.
+
+    Offsets and lengths are in bytes and whole blocks of `block_size`; anything else is a `RequestRefused` before a
+    byte is sent. What is larger than the disk takes at once is sent in parts; if one fails the others may have been
+    carried out. A request that the device fails raises `RequestFailed`, an `OSError`. When the back-end breaks, falls
+    silent or goes away, every call under way raises `RemoteRingError`, `RemoteProtocolError` or `PeerGone`, once, and
+    so does every later one unless the client reconnects. A failed write may or may not have happened.
+
+    Buffers belong to the request until it is done. Those of `allocate` are used in place; all others are copied, which
+    `copied_bytes` counts. `submit` never blocks for room: what does not fit into the ring waits in its order.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        options: Options,
+        *,
+        per_thread: bool = False,
+        reconnect: Backoff | None = None,
+        on_config_change: ChangeListener | None = None,
+    ) -> None:
+        """See `connect`."""
+        self._endpoint = endpoint if reconnect is None else reachable_again(endpoint)
+        self._options = options
+        self._per_thread = threading.local() if per_thread else None
+        self._backoff = reconnect
+        self._listener = on_config_change
+        self._turn = itertools.count()
+        self._state = threading.Condition()  # guards the members below; notified after each step of the reaper
+        self._changes: deque[ConfigChange] = deque(maxlen=MAX_CHANGES)
+        self._closing = threading.Event()
+        self._over: VhostUserError | None = None  # there is no link, and will be none
+        self._copied_before = 0
+        self._link: DiskLink = self._dial()
+        self._reaper = threading.Thread(target=self._reap, name=f"disk {self._link.device.name}", daemon=True)
+        self._reaper.start()
+
+    def _dial(self) -> DiskLink:
+        return DiskLink(self._endpoint, self._options, self._hear)
+
+    @property
+    def size(self) -> int:
+        """The size of the disk in bytes, as far as the back-end has told."""
+        return self._link.limits.size
+
+    @property
+    def block_size(self) -> int:
+        """The size of a logical block in bytes: what offsets and lengths are multiples of."""
+        return self._link.limits.block_size
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the disk can only be read."""
+        return self._link.limits.read_only
+
+    @property
+    def config(self) -> VirtioBlkConfig:
+        """The configuration space; fields of features that are not in use mean nothing."""
+        return self._link.config
+
+    @property
+    def features(self) -> int:
+        """The virtio feature bits in use: offered by the back-end and known here."""
+        return self._link.features
+
+    @property
+    def protocol_features(self) -> ProtocolFeature:
+        """The protocol features in use."""
+        return self._link.device.protocol_features
+
+    @property
+    def write_cache(self) -> bool:
+        """Whether a write may be answered before it is durable; `flush` makes it so."""
+        if self.features & BlkFeature.CONFIG_WCE:
+            return bool(self.config.writeback)
+        return bool(self.features & BlkFeature.FLUSH)
+
+    @property
+    def connected(self) -> bool:
+        """Whether the back-end is there."""
+        return not self._closing.is_set() and self._link.error is None
+
+    @property
+    def copied_bytes(self) -> int:
+        """How many bytes were copied because they were in other buffers than those of `allocate`."""
+        return self._copied_before + self._link.copied_bytes
+
+    def allocate(self, length: int) -> Buffer:
+        """A buffer that the back-end reads and writes in place. Release it, or use ``with``.
+
+        It is of use until the connection ends: after a reconnection, allocate anew. Raises `SetupError` when what is
+        left of ``memory`` has no ``length`` bytes in one piece.
+        """
+        return self._usable().allocate(length)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return ``length`` bytes from ``offset`` on."""
+        return self._wait(Read(offset, length), bytes)
+
+    def readinto(self, offset: int, buffer: Target | Sequence[Target]) -> None:
+        """Fill ``buffer``, or several in turn, from ``offset`` on."""
+        self.submit(ReadInto(offset, buffer)).result()
+
+    def write(self, offset: int, data: Source | Sequence[Source]) -> None:
+        """Write ``data``, or several in turn, from ``offset`` on. It is durable after the next `flush`."""
+        self.submit(Write(offset, data)).result()
+
+    def flush(self) -> None:
+        """Make every write durable that was answered before. Does nothing when the disk has no volatile cache."""
+        self.submit(Flush()).result()
+
+    def discard(self, offset: int, length: int) -> None:
+        """Let the storage of ``length`` bytes be given back; they read as anything afterwards."""
+        self.submit(Discard(offset, length)).result()
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool = False) -> None:
+        """Make ``length`` bytes read as zeroes; with ``unmap`` their storage may be given back."""
+        self.submit(WriteZeroes(offset, length, unmap)).result()
+
+    def get_id(self) -> str:
+        """The serial of the disk, up to 20 characters."""
+        return self._wait(GetId(), bytes).partition(b"\0")[0].decode("ascii", "replace").rstrip()
+
+    def submit(self, request: Request, *, queue: int | None = None) -> Future[Any]:
+        """Begin ``request`` and return the future of its result: `bytes` of `Read` and `GetId`, None of the others.
+
+        ``queue`` chooses one. It cannot be cancelled. Raises `RequestRefused` at once for what cannot be asked.
+        """
+        return self.submit_all((request,), queue=queue)[0]
+
+    def submit_all(self, requests: Iterable[Request], *, queue: int | None = None) -> list[Future[Any]]:
+        """Begin all ``requests`` with one notification of the back-end, on one queue; the futures are in their order.
+
+        They may be carried out in any order, and at the same time. Raises as `submit`; nothing is begun then.
+        """
+        wanted = list(requests)
+        link = self._usable()
+        futures: list[Future[Any]] = [Future() for _ in wanted]
+        for future in futures:
+            future.set_running_or_notify_cancel()
+        link.submit(link.jobs(wanted, futures), self._lane(link, queue))
+        return futures
+
+    def set_write_cache(self, enabled: bool) -> None:
+        """Switch the volatile write cache of the disk on or off. Raises `ConfigRefused` when it cannot be."""
+        link = self._usable()
+        if not link.features & BlkFeature.CONFIG_WCE:
+            raise ConfigRefused("the disk does not offer to switch its write cache")
+        link.set_write_cache(enabled)
+        if bool(link.config.writeback) is not enabled:
+            raise ConfigRefused(f"the write cache is still {'off' if enabled else 'on'} after it was switched")
+
+    def refresh(self) -> None:
+        """Read the configuration again, for back-ends that cannot tell when it changes."""
+        self._usable().refresh()
+
+    def wait_config_change(self, timeout_s: float | None = None) -> ConfigChange | None:
+        """The next change of the configuration that was not waited for yet; None when ``timeout_s`` pass without.
+
+        Raises what ended the connection, once no change is left.
+        """
+        with self._state:
+            self._state.wait_for(lambda: self._changes or self._over or self._closing.is_set(), timeout_s)
+            if self._changes:
+                return self._changes.popleft()
+            if self._over is not None:
+                raise again(self._over)
+            return None
+
+    def file(self) -> DiskFile:
+        """The disk as a raw file, of single bytes. The client stays open when it is closed."""
+        from vhostuser.blk.fileobj import DiskFile
+
+        return DiskFile(self)
+
+    def close(self) -> None:
+        """Wait until everything under way is answered, stop the queues, hang up. Idempotent.
+
+        Raises `SetupError` when called by a callback of a future or of the configuration.
+        """
+        if threading.current_thread() is self._reaper or self._link.device.serving:
+            raise SetupError("a callback cannot close the client that it was called by")
+        with self._state:
+            self._closing.set()
+            self._state.notify_all()
+        self._link.wake()
+        self._reaper.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _wait(self, request: Request, kind: type[T]) -> T:
+        return cast(T, self.submit(request).result())
+
+    def _usable(self) -> DiskLink:
+        """The link, once there is one. Raises why there is none."""
+        link = self._link
+        if link.error is None and not self._closing.is_set():
+            return link
+        with self._state:
+            if self._backoff is not None and threading.current_thread() is not self._reaper:
+                self._state.wait_for(lambda: self._link.error is None or self._over or self._closing.is_set())
+            if self._closing.is_set():
+                raise SetupError("the client is closed")
+            if self._link.error is None:
+                return self._link
+            raise again(self._over or self._link.error)
+
+    def _lane(self, link: DiskLink, queue: int | None) -> Lane:
+        if queue is not None:
+            if not 0 <= queue < len(link.lanes):
+                raise SetupError(f"there are {len(link.lanes)} queues, and no queue {queue}")
+            return link.lanes[queue]
+        if len(link.lanes) == 1:
+            return link.lanes[0]
+        if self._per_thread is None:
+            return link.lanes[next(self._turn) % len(link.lanes)]
+        turn: int | None = getattr(self._per_thread, "turn", None)
+        if turn is None:
+            turn = self._per_thread.turn = next(self._turn)
+        return link.lanes[turn % len(link.lanes)]
+
+    def _hear(self, change: ConfigChange) -> None:
+        with self._state:
+            self._changes.append(change)
+            self._state.notify_all()
+        if self._listener is not None:
+            self._listener(change)
+
+    def _reap(self) -> None:
+        """Take answers until the client is closed, or the back-end has gone for good."""
+        while True:
+            link = self._link
+            alive = link.step(link.patience())
+            with self._state:
+                self._state.notify_all()
+            if self._closing.is_set() and (link.idle or not alive):
+                break
+            if not alive and not self._revive(link):
+                break
+        self._end()
+
+    def _revive(self, old: DiskLink) -> bool:
+        """Connect again, if that is wanted. False when there will be no connection any more."""
+        reason = old.error or PeerGone("the back-end has gone")
+        self._copied_before += old.copied_bytes
+        if self._backoff is None:
+            self._over = reason
+            return False
+        log.warning("%s: %s; connecting again", old.device.name, reason)
+        old.close()
+        try:
+            link = try_again(self._dial, self._backoff, self._closing)
+        except VhostUserError as error:
+            self._over = error
+            return False
+        if link is None:
+            return False
+        with self._state:
+            self._link = link
+            self._state.notify_all()
+        if link.config != old.config:
+            self._hear(ConfigChange(old.config, link.config))
+        return True
+
+    def _end(self) -> None:
+        link = self._link
+        if link.error is None:
+            try:
+                link.stop()
+            except VhostUserError as error:
+                log.warning("%s: the disk did not stop in order: %s", link.device.name, error)
+        link.close()
+        with self._state:
+            self._over = self._over or link.error
+            self._state.notify_all()

@@ -1,0 +1,146 @@
+"""One queue of a disk, host side: what waits for room, what is in the ring, what is answered. Touches shared memory."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
+
+from vhostuser.errors import VhostUserError
+from vhostuser.frontend.dialogue import again
+
+if TYPE_CHECKING:
+    from vhostuser._native import RequestQueue
+    from vhostuser.blk.limits import DiskLimits, Run
+    from vhostuser.blk.requests import Job, Part
+    from vhostuser.frontend.memory import Pool
+    from vhostuser.frontend.queue import HostQueue
+
+
+class Lane:
+    """Puts jobs into one ring in their order, as far as there is room, and takes the answers out. Any thread.
+
+    Data that is copied is copied when its turn in the ring comes, into room that this lane has for itself: lanes never
+    wait for each other.
+    """
+
+    def __init__(self, queue: HostQueue[RequestQueue], room: Pool, limits: DiskLimits, *, timeout_s: float) -> None:
+        """``room`` is for copies; ``timeout_s`` is how long the device may take for one request."""
+        self.queue: Final = queue
+        self.copied_bytes = 0
+        self._limits = limits
+        self._room = room
+        self._view = queue.memory.view
+        self._base = queue.memory.guest_addr
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._waiting: deque[Job] = deque()
+        self._flying: dict[int, tuple[Part, int | None, float]] = {}  # by token, oldest first: part, copy, deadline
+        self._token = 0
+        self._over: VhostUserError | None = None
+
+    @property
+    def outstanding(self) -> int:
+        """Requests in the ring."""
+        return len(self._flying)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way."""
+        return not self._flying and not self._waiting
+
+    @property
+    def deadline(self) -> float | None:
+        """When the oldest request in the ring must be answered, on the monotonic clock; None without one."""
+        with self._lock:
+            return next(iter(self._flying.values()))[2] if self._flying else None
+
+    def submit(self, jobs: Iterable[Job]) -> None:
+        """Take ``jobs``, and put into the ring what fits. Raises what broke the connection, and takes none then."""
+        with self._lock:
+            if self._over is not None:
+                raise again(self._over)
+            self._waiting.extend(jobs)
+            self._pump()
+
+    def collect(self, finished: list[Job]) -> None:
+        """Take all answers, fill the ring again, and add the jobs that are finished to the list: `Job.settle` them.
+
+        Asks to be called for the next answer. Raises `RemoteRingError` when the device broke the ring.
+        """
+        with self._lock:
+            if self._over is not None:
+                return
+            driver = self.queue.driver
+            while True:
+                for token, status, _ in driver.reap():
+                    self._answer(token, status, finished)
+                self._pump()
+                if not driver.enable_calls():
+                    return
+
+    def fail(self, error: VhostUserError) -> list[Job]:
+        """Give up: nothing more is put into the ring. Returns every job that is not finished."""
+        with self._lock:
+            self._over = self._over or error
+            jobs = dict.fromkeys([*(part.job for part, _, _ in self._flying.values()), *self._waiting])
+            self._flying.clear()
+            self._waiting.clear()
+            return list(jobs)
+
+    def _answer(self, token: int, status: int, finished: list[Job]) -> None:
+        part, copy, _ = self._flying.pop(token)
+        if copy is None:
+            last = part.job.answered(part, status, None)
+        else:
+            last = part.job.answered(part, status, self._view[copy : copy + part.length])
+            self._room.give(copy, part.length)
+        if last:
+            finished.append(part.job)
+
+    def _pump(self) -> None:
+        """Put parts into the ring while there is room for them and their copies."""
+        driver = self.queue.driver
+        any_new = False
+        while self._waiting:
+            job = self._waiting[0]
+            part = job.next_part
+            if part is None:
+                self._waiting.popleft()
+                continue
+            if not self._put(driver, part):
+                break
+            any_new = True
+            job.advance()
+        if any_new and driver.publish():
+            self.queue.notify()
+
+    def _put(self, driver: RequestQueue, part: Part) -> bool:
+        pieces, copy = part.pieces, None
+        if pieces is None:
+            if not driver.has_room(1):
+                return False
+            copy = self._room.take(part.length)
+            if copy is None:
+                return False
+            pieces = self._pieces(copy, part.length)
+        if not driver.has_room(len(pieces)):
+            if copy is not None:
+                self._room.give(copy, part.length)
+            return False
+        if copy is not None:
+            self.copied_bytes += part.length
+            if not part.writable:
+                part.job.load(part, self._view[copy : copy + part.length])
+        self._token += 1
+        driver.submit(part.kind, part.sector, pieces, part.writable, self._token)
+        self._flying[self._token] = (part, copy, time.monotonic() + self._timeout_s)
+        return True
+
+    def _pieces(self, copy: int, length: int) -> list[Run]:
+        if length <= self._limits.segment_bytes:
+            return [(self._base + copy, length)]
+        (pieces,) = self._limits.cut([(self._base + copy, length)])
+        return pieces

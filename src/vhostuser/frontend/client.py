@@ -1,0 +1,375 @@
+"""The host side of one virtio device of any type. Touches one connection, its back-end channel and shared memory.
+
+The order of messages is QEMU's (vhost-user: Communication), so that a back-end sees nothing that it does not know from
+there. Nothing is required of it but what the caller says.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from enum import Enum
+from types import TracebackType
+from typing import Any, Final, Self
+
+from vhostuser.errors import BackendRefused, BackendUnfit, ConfigRefused, RemoteProtocolError, SetupError
+from vhostuser.fds import Fd
+from vhostuser.frontend.channel import BackendChannel
+from vhostuser.frontend.dialogue import Dialogue
+from vhostuser.frontend.memory import SharedMemory
+from vhostuser.frontend.queue import HostQueue
+from vhostuser.frontend.reach import Endpoint, name_of_endpoint, reach
+from vhostuser.protocol import (
+    F_ACCESS_PLATFORM,
+    F_PROTOCOL_FEATURES,
+    REQUIRED_WITH,
+    U64,
+    Config,
+    FrontendRequest,
+    Iotlb,
+    IotlbPerm,
+    IotlbType,
+    MemoryTable,
+    ProtocolFeature,
+    SingleRegion,
+    VringFd,
+    VringState,
+)
+from vhostuser.protocol.negotiation import names
+from vhostuser.virtio.features import feature_names
+from vhostuser.virtio.status import DeviceStatus
+
+Req = FrontendRequest
+Queue = HostQueue[Any]
+
+USABLE: Final = (
+    ProtocolFeature.MQ
+    | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.BACKEND_REQ
+    | ProtocolFeature.CONFIG
+    | ProtocolFeature.RESET_DEVICE
+    | ProtocolFeature.CONFIGURE_MEM_SLOTS
+    | ProtocolFeature.STATUS
+)
+"""The protocol features that `HostDevice` makes use of; it does without each of them."""
+
+NO_FEATURE: Final = ProtocolFeature(0)
+
+MAX_QUEUES: Final = 256
+"""A ring is named by one byte in SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR."""
+
+ConfigListener = Callable[[bytes, bytes], None]
+
+
+class Life(Enum):
+    """How far a `HostDevice` has got."""
+
+    CONNECTED = "connected"
+    REALIZED = "realized"
+    STARTED = "started"
+    CLOSED = "closed"
+
+
+class HostDevice:
+    """One device behind one connection: `realize`, `start`, `stop` or `reset`, `start` again, `close`.
+
+    The life cycle is for one thread at a time; configuration and properties may be used from any. Every wait has a time
+    limit. Once the connection breaks, every method raises what broke it, and only `close` is left to do.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        listen: bool = False,
+        features: int = 0,
+        protocol_features: ProtocolFeature = USABLE,
+        require: ProtocolFeature = NO_FEATURE,
+        timeout_s: float = 10.0,
+        drain_timeout_s: float = 30.0,
+    ) -> None:
+        """Connect to ``endpoint``: a path, or an inherited descriptor or transport, which it takes over.
+
+        ``listen``: be the server and wait for the back-end to connect. ``features`` and ``protocol_features`` are what
+        the caller can use; without ``require`` it cannot do. ``timeout_s`` bounds the wait for each answer and for the
+        connection, ``drain_timeout_s`` the wait for requests in flight when a ring is stopped. Raises `OperatorError`
+        when nobody is there.
+        """
+        self.name: Final = name_of_endpoint(endpoint)
+        self.dialogue: Final = Dialogue(reach(endpoint, listen=listen, timeout_s=timeout_s), timeout_s=timeout_s)
+        self.life = Life.CONNECTED
+        self.max_queues = 1
+        """How many queues can be used, 1 to 256; 1 when the back-end does not say."""
+        self.max_mem_slots: int | None = None
+        """How many memory regions it takes; None when it does not say, which means at least 8."""
+        self._wanted = features
+        self._wanted_protocol = protocol_features | require
+        self._required = require
+        self._drain_timeout_s = drain_timeout_s
+        self._channel: BackendChannel | None = None
+        self._memory: SharedMemory | None = None
+        self._queues: Sequence[Queue] = ()
+        self._config_lock = threading.RLock()  # a listener may read, too
+        self._config: bytes | None = None
+        self._config_listener: ConfigListener | None = None
+
+    @property
+    def features_offered(self) -> int:
+        """The feature bits of the back-end, bit 30 included; 0 before `realize`."""
+        return self.dialogue.connection.features_offered or 0
+
+    @property
+    def features(self) -> int:
+        """The virtio feature bits that are used: offered and wanted, without bit 30."""
+        wanted = self._wanted & ~F_PROTOCOL_FEATURES
+        if not self.protocol_features & ProtocolFeature.BACKEND_REQ or not self.dialogue.acks:
+            wanted &= ~F_ACCESS_PLATFORM  # a miss could not be told, as QEMU sees it
+        return self.features_offered & wanted
+
+    @property
+    def protocol_features_offered(self) -> ProtocolFeature:
+        """The protocol features of the back-end; none before `realize`, or when it has not bit 30."""
+        return self.dialogue.connection.protocol_features_offered or ProtocolFeature(0)
+
+    @property
+    def protocol_features(self) -> ProtocolFeature:
+        """The protocol features that are used."""
+        return self.dialogue.connection.protocol_features
+
+    def fileno(self) -> int:
+        """The main socket, to watch for a hang-up only: reading is for the dialogue. -1 once closed."""
+        return self.dialogue.fileno()
+
+    @property
+    def serving(self) -> bool:
+        """Whether the caller runs on the thread of the back-end channel, which cannot end itself."""
+        return self._channel is not None and self._channel.serving
+
+    def realize(self) -> None:
+        """Negotiate what is decided once per connection. Raises `BackendUnfit` when something required is missing."""
+        self._expect(Life.CONNECTED)
+        dialogue = self.dialogue
+        offered = dialogue.number(Req.GET_FEATURES)
+        if offered & F_PROTOCOL_FEATURES:
+            known = ProtocolFeature(dialogue.number(Req.GET_PROTOCOL_FEATURES))
+            dialogue.tell(Req.SET_PROTOCOL_FEATURES, U64(_choose(known & self._wanted_protocol)))
+        if lacking := self._required & ~self.protocol_features:
+            raise BackendUnfit(
+                self.name,
+                f"it does not offer protocol feature {names(lacking)}",
+                "Use a back-end that does: this kind of device cannot be driven without it",
+            )
+        if ProtocolFeature.MQ in self.protocol_features:
+            self.max_queues = min(dialogue.number(Req.GET_QUEUE_NUM), MAX_QUEUES)
+            if not self.max_queues:
+                raise BackendUnfit(self.name, "it has no queues", "Report it to the makers of the back-end")
+        if ProtocolFeature.CONFIGURE_MEM_SLOTS in self.protocol_features:
+            self.max_mem_slots = dialogue.number(Req.GET_MAX_MEM_SLOTS)
+        if ProtocolFeature.BACKEND_REQ in self.protocol_features:
+            self._open_channel()
+        dialogue.tell(Req.SET_OWNER)
+        dialogue.number(Req.GET_FEATURES)
+        self.life = Life.REALIZED
+
+    def _open_channel(self) -> None:
+        self._channel = channel = BackendChannel(
+            self.dialogue.connection,
+            config_changed=self._hear_config,
+            translate=self._translate,
+            send_timeout_s=self.dialogue.timeout_s,
+        )
+        self.dialogue.tell(Req.SET_BACKEND_REQ_FD, fds=[channel.theirs])
+        channel.theirs.close()
+        channel.start()
+
+    def start(self, memory: SharedMemory, queues: Sequence[Queue]) -> None:
+        """Share ``memory`` and start ``queues``, which lie in it and stay the caller's. Returns once they run.
+
+        Raises `BackendRefused` when the back-end does not want something of it, `BackendUnfit` when it does not accept
+        the features; the connection is of no further use then.
+        """
+        self._expect(Life.REALIZED)
+        self._set_status(DeviceStatus.ACKNOWLEDGE | DeviceStatus.DRIVER)
+        features = self.features | (self.features_offered & F_PROTOCOL_FEATURES)
+        self.dialogue.tell(Req.SET_FEATURES, U64(features))
+        self._agree_on_features()
+        self._share(memory)
+        for queue in queues:
+            self._set_up(queue)
+        self._enable(queues, 1)
+        self._set_status(
+            DeviceStatus.ACKNOWLEDGE | DeviceStatus.DRIVER | DeviceStatus.FEATURES_OK | DeviceStatus.DRIVER_OK
+        )
+        self._queues = tuple(queues)
+        self.life = Life.STARTED
+        for queue in queues:  # older back-ends start a ring when it is first kicked
+            queue.notify()
+
+    def _set_up(self, queue: Queue) -> None:
+        tell, index = self.dialogue.tell, queue.index
+        behind_iommu = bool(self.features & F_ACCESS_PLATFORM)
+        tell(Req.SET_VRING_NUM, VringState(index, queue.size))
+        tell(Req.SET_VRING_BASE, VringState(index, queue.base))
+        tell(Req.SET_VRING_ADDR, queue.addr(guest=behind_iommu))
+        tell(Req.SET_VRING_CALL, VringFd.of(index), [queue.call])
+        tell(Req.SET_VRING_ERR, VringFd.of(index), [queue.err])
+        tell(Req.SET_VRING_KICK, VringFd.of(index), [queue.kick])
+
+    def _enable(self, queues: Sequence[Queue], enable: int) -> None:
+        if self.features_offered & F_PROTOCOL_FEATURES:  # without it rings are always enabled
+            for queue in queues:
+                self.dialogue.tell(Req.SET_VRING_ENABLE, VringState(queue.index, enable))
+        self.dialogue.settle()
+
+    def _share(self, memory: SharedMemory) -> None:
+        """Tell the back-end of ``memory``, unless it knows it: it keeps it when rings stop and devices are reset."""
+        if memory is self._memory:
+            return
+        with Fd(os.dup(memory.arena.fd)) as fd:
+            if self.max_mem_slots:
+                if self._memory is not None:
+                    self.dialogue.tell(Req.REM_MEM_REG, SingleRegion(self._memory.region))
+                self.dialogue.tell(Req.ADD_MEM_REG, SingleRegion(memory.region), [fd])
+            else:
+                self.dialogue.tell(Req.SET_MEM_TABLE, MemoryTable((memory.region,)), [fd])
+        self.dialogue.settle()
+        self._memory = memory
+        if self.features & F_ACCESS_PLATFORM:
+            self._send_translation()
+
+    def _send_translation(self) -> None:
+        """Addresses behind the IOMMU are the guest's own, so one translation serves for all."""
+        if self._memory is None:
+            return
+        region = self._memory.region
+        access = IotlbPerm.READ | IotlbPerm.WRITE
+        update = Iotlb(region.guest_addr, region.size, region.user_addr, access, IotlbType.UPDATE)
+        answer = self.dialogue.ask(Req.IOTLB_MSG, update).payload
+        if isinstance(answer, U64) and answer.value:
+            raise BackendRefused("IOTLB_MSG", answer.value)
+
+    def _translate(self, miss: Iotlb) -> bool:
+        """Answer a miss of the back-end, on the thread of its channel."""
+        memory = self._memory
+        if memory is None or not memory.guest_addr <= miss.iova < memory.guest_addr + memory.size:
+            return False
+        self._send_translation()
+        return True
+
+    def stop(self) -> None:
+        """Stop the rings: returns once every request in flight is answered, at most ``drain_timeout_s`` for each ring.
+
+        Each queue's ``base`` is where it stopped then.
+        """
+        self._expect(Life.STARTED)
+        self._enable(self._queues, 0)
+        for queue in self._queues:
+            asked = VringState(queue.index, 0)
+            answer = self.dialogue.ask(Req.GET_VRING_BASE, asked, timeout_s=self._drain_timeout_s).payload
+            if not isinstance(answer, VringState) or answer.index != queue.index or answer.num > 0xFFFF:
+                wrong = RemoteProtocolError(f"GET_VRING_BASE of ring {queue.index} was answered with {answer}")
+                self.dialogue.fail(wrong)
+                raise wrong
+            queue.base = answer.num
+        self._queues = ()
+        self.life = Life.REALIZED
+
+    def reset(self) -> None:
+        """Stop the rings if they run, and bring the device to its initial state as far as the back-end knows how."""
+        if self.life is Life.STARTED:
+            self.stop()
+        self._expect(Life.REALIZED)
+        self._set_status(DeviceStatus(0))
+        if ProtocolFeature.RESET_DEVICE in self.protocol_features:
+            self.dialogue.tell(Req.RESET_DEVICE)
+        self.dialogue.settle()
+
+    def close(self) -> None:
+        """Unrealize: hang up and give everything back. Does not stop the rings: call `stop` before. Idempotent."""
+        self.life = Life.CLOSED
+        self.dialogue.close()
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
+        self._queues = ()
+        self._memory = None
+
+    def read_config(self, offset: int, size: int, *, flags: int = 0) -> bytes:
+        """GET_CONFIG: ``size`` bytes of the configuration space from ``offset`` on. Any thread.
+
+        Raises `BackendRefused` when the back-end says that it has none there.
+        """
+        answer = self.dialogue.ask(Req.GET_CONFIG, Config(offset, size, flags, bytes(size))).payload
+        if not isinstance(answer, Config) or (answer.size == 0 and size):
+            raise BackendRefused(f"GET_CONFIG of {size} bytes at {offset}")
+        return answer.data
+
+    def write_config(self, offset: int, data: bytes, *, flags: int = 0) -> None:
+        """SET_CONFIG: write ``data`` at ``offset``; ``flags`` 0 is a write of the driver, 1 of a migration. Any thread.
+
+        Raises `ConfigRefused` when the back-end says no; one that does not acknowledge messages cannot.
+        """
+        try:
+            self.dialogue.tell(Req.SET_CONFIG, Config(offset, len(data), flags, data))
+        except BackendRefused as error:
+            raise ConfigRefused(f"the back-end refused {len(data)} bytes at {offset} of its configuration") from error
+        self.dialogue.settle()
+
+    def watch_config(self, size: int, listener: ConfigListener) -> bytes:
+        """Return the first ``size`` bytes of the configuration, and call ``listener(old, new)`` when they change.
+
+        It is called on the thread of the back-end channel, or of `refresh_config`, and must not stop the device.
+        """
+        with self._config_lock:
+            self._config = self.read_config(0, size)
+            self._config_listener = listener
+            return self._config
+
+    def refresh_config(self) -> bytes:
+        """Read the watched configuration again, and tell the listener if it is another one. Any thread."""
+        with self._config_lock:
+            if self._config is None:
+                raise SetupError("no configuration is watched")
+            old, new = self._config, self.read_config(0, len(self._config))
+            self._config = new
+            if new != old and self._config_listener is not None:
+                self._config_listener(old, new)
+            return new
+
+    def _hear_config(self) -> None:
+        if self._config is not None:
+            self.refresh_config()
+
+    def _agree_on_features(self) -> None:
+        if ProtocolFeature.STATUS not in self.protocol_features:
+            return
+        self._set_status(DeviceStatus.ACKNOWLEDGE | DeviceStatus.DRIVER | DeviceStatus.FEATURES_OK)
+        if not self.dialogue.number(Req.GET_STATUS) & DeviceStatus.FEATURES_OK:
+            raise BackendUnfit(
+                self.name,
+                f"it does not accept these of the features it offered: {' '.join(feature_names(self.features))}",
+                "Report it to the makers of the back-end",
+            )
+
+    def _set_status(self, status: DeviceStatus) -> None:
+        if ProtocolFeature.STATUS in self.protocol_features:
+            self.dialogue.tell(Req.SET_STATUS, U64(status))
+
+    def _expect(self, life: Life) -> None:
+        if self.life is not life:
+            raise SetupError(f"{self.name} is {self.life.value}, not {life.value}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def _choose(features: ProtocolFeature) -> ProtocolFeature:
+    """``features`` without those that need others that are not there."""
+    for feature, others in REQUIRED_WITH.items():
+        if feature in features and others & ~features:
+            features &= ~feature
+    return features
