@@ -118,6 +118,7 @@ class FakeDevice(Device):
     """A device with 16 bytes of configuration, of which the driver may write the last."""
 
     device_id = 42
+    has_config = True
     FEATURES: Final = 1 << 3 | 1 << 32
 
     def __init__(self, num_queues: int = NUM_QUEUES) -> None:

@@ -216,3 +216,16 @@ def pipe_is_full(reader: int) -> bool:
 def test_the_channel_needs_its_feature(peer: Frontend) -> None:
     peer.negotiate(protocol=ProtocolFeature.REPLY_ACK)
     assert peer.tell_bluntly(Req.SET_BACKEND_REQ_FD, VringState(0, 0)) != ACKED
+
+
+def test_a_front_end_that_did_not_negotiate_config_is_told_nothing(device: FakeDevice, peer: Frontend) -> None:
+    """QEMU opens a channel for every device type, and knows the configuration of few."""
+    peer.negotiate(protocol=ProtocolFeature.REPLY_ACK | ProtocolFeature.BACKEND_REQ)
+    GuestRam(1 << 20).share(peer)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        peer.do(Req.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
+        run_ring(peer)
+        assert device.config_changed() is ConfigNotice.NO_CHANNEL
+        peer.barrier()
+        assert arrived(ours) == b""

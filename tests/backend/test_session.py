@@ -335,6 +335,16 @@ def test_the_configuration_is_read_at_any_place_and_padded_with_zeroes(device: F
     assert peer.config(16) == bytes(range(15)) + b"\2"
 
 
+def test_a_device_without_a_configuration_space_does_not_offer_one(
+    device: FakeDevice, peer: Frontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeDevice, "has_config", False)
+    peer.negotiate()
+    assert ProtocolFeature.CONFIG not in peer.connection.protocol_features
+    assert peer.tell_bluntly(Req.GET_CONFIG, Config(0, 4, 0, bytes(4))) == bytes(12), "the form of a failure"
+    peer.barrier()
+
+
 NONSENSE = {
     "a ring that does not exist, NUM": (Req.SET_VRING_NUM, VringState(NUM_QUEUES, 64)),
     "a ring that does not exist, BASE": (Req.SET_VRING_BASE, VringState(200, 0)),

@@ -24,7 +24,7 @@ PROTOCOL_FEATURES: Final = (
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
 )
-"""What the session carries out for every device."""
+"""What the session carries out."""
 
 MAX_QUEUES: Final = 256
 """A ring is named by one byte in SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR."""
@@ -55,8 +55,8 @@ class Device(ABC):
     device_id: ClassVar[int]
     """The virtio device type."""
 
-    protocol_features: ProtocolFeature = PROTOCOL_FEATURES
-    """Offered to front-ends; never more than `PROTOCOL_FEATURES`."""
+    has_config: ClassVar[bool] = False
+    """Whether there is a configuration space; QEMU warns about the offer of one that it knows the type not to have."""
 
     max_queue_size: int = MAX_QUEUE_SIZE
     """The largest ring it serves, in entries."""
@@ -80,6 +80,11 @@ class Device(ABC):
     @abstractmethod
     def queues(self) -> Queues:
         """The native queues that serve the rings, the same ones at any time. Owned by the device."""
+
+    @property
+    def protocol_features(self) -> ProtocolFeature:
+        """The protocol features offered to front-ends, the same at any time; never more than `PROTOCOL_FEATURES`."""
+        return PROTOCOL_FEATURES if self.has_config else PROTOCOL_FEATURES & ~ProtocolFeature.CONFIG
 
     @property
     def num_queues(self) -> int:

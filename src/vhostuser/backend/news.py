@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from vhostuser.backend.channel import Channel
 from vhostuser.backend.device import ConfigNotice
 from vhostuser.errors import PeerGone, RemoteProtocolError
+from vhostuser.protocol import ProtocolFeature
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,18 +28,19 @@ class News:
     While all rings are stopped nothing may be sent, and QEMU would ignore it. Runs on the session thread, but `notice`.
     """
 
-    def __init__(self, device: Device, rings: Vrings, selector: selectors.BaseSelector) -> None:
-        """Watches its channel in ``selector``, where the data of each key is a function to be called."""
+    def __init__(self, device: Device, rings: Vrings, main: Connection[Fd], selector: selectors.BaseSelector) -> None:
+        """Watches the channel of the connection ``main`` in ``selector``, where a key's data is what to call."""
         self._device = device
+        self._main = main
         self._rings = rings
         self._selector = selector
         self._channel: Channel | None = None
         self._known: int | None = None
 
-    def open(self, fd: Fd, main: Connection[Fd]) -> None:
-        """Use another channel from now on: ``fd``, which it takes, of the connection ``main``. Raises `SetupError`."""
+    def open(self, fd: Fd) -> None:
+        """Use another channel from now on: ``fd``, which it takes. Raises `SetupError`."""
         try:
-            channel = Channel(fd, main)
+            channel = Channel(fd, self._main)
         except BaseException:
             fd.close()
             raise
@@ -52,16 +54,17 @@ class News:
 
     def notice(self) -> ConfigNotice:
         """What becomes of a change now. Any thread."""
-        if self._channel is None:
+        if self._channel is None or ProtocolFeature.CONFIG not in self._main.protocol_features:
             return ConfigNotice.NO_CHANNEL
         return ConfigNotice.SENT if self._rings.active else ConfigNotice.DEFERRED
 
     def tell(self) -> None:
         """Send what is due, without waiting."""
-        if self._channel is None or self._known == self._device.config_generation or not self._rings.active:
+        if self._channel is None or self._known == self._device.config_generation:
             return
-        self.served()
-        self._use(self._channel.config_changed)
+        if self.notice() is ConfigNotice.SENT:
+            self.served()
+            self._use(self._channel.config_changed)
 
     def close(self) -> None:
         """Close the channel, if there is one."""

@@ -84,7 +84,7 @@ class Session:
         )
         self._sharing = SharingCheck(device.name, device.queues, self._rings)
         self._selector = selectors.DefaultSelector()
-        self._news = News(device, self._rings, self._selector)
+        self._news = News(device, self._rings, self._connection, self._selector)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._mailbox = threading.Lock()
         self._stopping = False
@@ -223,7 +223,7 @@ class Session:
             case Message(Req.GET_VRING_BASE, VringState(index)):
                 return VringState(index, rings.get_base(index))
             case Message(Req.SET_BACKEND_REQ_FD, _, (fd,)):
-                self._news.open(fd.duplicate(), self._connection)
+                self._news.open(fd.duplicate())
             case Message(Req.GET_CONFIG, Config(offset, size, flags)):
                 self._news.served()
                 return Config(offset, size, flags, device.read_config(offset, size).ljust(size, b"\0"))

@@ -28,6 +28,7 @@ class BlockDevice(Device):
     """
 
     device_id = DEVICE_ID
+    has_config = True
 
     def __init__(
         self,
