@@ -7,7 +7,7 @@ export PYTHON
 
 NATIVE_SOURCES := $(shell find native -name target -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
 
-.PHONY: all help demo build format lint test test-native guest interop bench docs fuzz packages clean
+.PHONY: all help demo build format lint test test-native guest interop bench docs fuzz mutants packages clean
 .DELETE_ON_ERROR:
 
 all: format build lint test
@@ -25,6 +25,7 @@ help:
 	@echo 'make bench        the benchmarks'
 	@echo 'make docs         the documentation, warnings are errors; needs a passing `make test` for its tables'
 	@echo 'make fuzz         the fuzz targets, FUZZ_SECONDS (60) each'
+	@echo 'make mutants      plants mistakes into the ring code; the tests have to find each (minutes)'
 	@echo 'make clean        removes what the other targets made'
 
 # -- building ---------------------------------------------------------------------------------------------------------
@@ -48,14 +49,14 @@ build: .venv/.native
 # -- judging ----------------------------------------------------------------------------------------------------------
 
 format: .venv/.dev
-	$(BIN)/ruff check --quiet --fix-only src tests examples docs
-	$(BIN)/ruff format --quiet src tests examples docs
+	$(BIN)/ruff check --quiet --fix-only src tests examples docs benchmarks
+	$(BIN)/ruff format --quiet src tests examples docs benchmarks
 	@tools/check-rust
 	$(CARGO) fmt --all
 
 lint: build
-	$(BIN)/ruff check src tests examples docs
-	$(BIN)/ruff format --check src tests examples docs
+	$(BIN)/ruff check src tests examples docs benchmarks
+	$(BIN)/ruff format --check src tests examples docs benchmarks
 	$(BIN)/mypy
 	$(BIN)/mypy --strict docs/conformance.py docs/conf.py examples
 	$(CARGO) fmt --all --check
@@ -87,9 +88,26 @@ packages: .venv/.dev
 bench: build
 	$(BIN)/python -m benchmarks
 
+# Coverage-guided, with a stable compiler: libFuzzer comes with the targets, the instrumentation with these flags.
 FUZZ_SECONDS ?= 60
-fuzz: build
-	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+FUZZ_TARGETS ?= $(basename $(notdir $(wildcard native/fuzz/targets/*.rs)))
+FUZZ_HOST := x86_64-unknown-linux-gnu
+FUZZ_FLAGS := --cfg fuzzing -Ccodegen-units=1 -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+	-Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+	-Cllvm-args=-sanitizer-coverage-trace-compares
+
+fuzz:
+	@tools/check-rust
+	cd native/fuzz && RUSTFLAGS="$(FUZZ_FLAGS)" cargo build --quiet --release --locked --target $(FUZZ_HOST)
+	@set -e; for name in $(FUZZ_TARGETS); do \
+		mkdir -p build/fuzz/$$name; \
+		echo "fuzz: $$name for $(FUZZ_SECONDS) s"; \
+		native/fuzz/target/$(FUZZ_HOST)/release/$$name -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 \
+			-artifact_prefix=build/fuzz/$$name. build/fuzz/$$name $$(ls -d native/fuzz/seeds/$$name 2>/dev/null); \
+	done
+
+mutants: build
+	tools/mutants
 
 # -- documentation ----------------------------------------------------------------------------------------------------
 

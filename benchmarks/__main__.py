@@ -1,0 +1,157 @@
+"""What a served disk does per second, from a front-end in this process through a socket: ``python -m benchmarks``.
+
+The back-end is `vhostuser serve`, a process of its own, with one queue of 128 entries; the load runs natively on one
+thread and polls for its answers. Not a guest: no interrupts, no file system, no hypervisor. Touches: processes, a
+temporary directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.backend.frontend import USER_BASE, Frontend
+
+from vhostuser._native import Arena, LoadResult, RequestQueue, StopFlag, run_load
+from vhostuser.protocol import FrontendRequest, MemoryRegion, MemoryTable, VringAddr, VringFd, VringState
+
+Req = FrontendRequest
+GIB = 1 << 30
+SPAN = 64 << 20
+"""The part of the disk that is used. It is written once before, so that nobody measures how memory is first touched."""
+
+QUEUE_SIZE = 128
+DATA_AT = 4 << 20
+ARENA = 64 << 20
+
+
+@dataclass(frozen=True)
+class Load:
+    """One line of the table."""
+
+    name: str
+    block_size: int
+    depth: int
+    read_share: float
+    sequential: bool = False
+
+
+WARM_UP = Load("", 131072, 16, 0.0, sequential=True)
+LOADS = (
+    Load("4 KiB random read, 1 at a time", 4096, 1, 1.0),
+    Load("4 KiB random read, 32 at a time", 4096, 32, 1.0),
+    Load("4 KiB random write, 32 at a time", 4096, 32, 0.0),
+    Load("128 KiB sequential read, 16 at a time", 131072, 16, 1.0, sequential=True),
+)
+
+
+@contextmanager
+def served(disk: str, directory: Path) -> Iterator[str]:
+    """`vhostuser serve` on a socket, ended afterwards."""
+    place = str(directory / "bench.sock")
+    words = [sys.executable, "-m", "vhostuser.cli.main", "serve", disk, "--socket", place, "--queues", "1"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "serving" in line:
+                break
+        else:
+            raise SystemExit(f"benchmarks: {disk} is not served")
+        yield place
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def measure(place: str, load: Load, seconds: float) -> LoadResult:
+    """Runs one load on queue 0, once what it reaches was written."""
+    arena = Arena(ARENA)
+    with Frontend.connect(place) as peer:
+        features = peer.negotiate()
+        peer.do(Req.SET_MEM_TABLE, MemoryTable((MemoryRegion(0, ARENA, USER_BASE, 0),)), [arena.fd])
+        queue = RequestQueue(arena, base=0, offset=4096, size=QUEUE_SIZE, seg_max=1, features=features)
+        desc, avail, used = (USER_BASE + area for area in queue.areas)
+        kick, call = os.eventfd(0), os.eventfd(0)
+        peer.do(Req.SET_VRING_NUM, VringState(0, QUEUE_SIZE))
+        peer.do(Req.SET_VRING_ADDR, VringAddr(0, 0, desc, used, avail, 0))
+        peer.do(Req.SET_VRING_CALL, VringFd.of(0), [call])
+        peer.do(Req.SET_VRING_KICK, VringFd.of(0), [kick])
+        peer.do(Req.SET_VRING_ENABLE, VringState(0, 1))
+        try:
+            run(queue, WARM_UP, kick, call, seconds=60.0, requests=SPAN // WARM_UP.block_size)
+            return run(queue, load, kick, call, seconds=seconds)
+        finally:
+            os.close(kick)
+            os.close(call)
+
+
+def run(
+    queue: RequestQueue, load: Load, kick: int, call: int, *, seconds: float, requests: int = 1 << 62
+) -> LoadResult:
+    """One load, ended by time or number of requests, whichever comes first."""
+    return run_load(
+        queue,
+        data=DATA_AT,
+        address=DATA_AT,
+        kick=kick,
+        call=call,
+        stop=StopFlag(),
+        block_size=load.block_size,
+        depth=load.depth,
+        first_block=0,
+        num_blocks=SPAN // load.block_size,
+        read_share=load.read_share,
+        sequential=load.sequential,
+        duration_s=seconds,
+        max_requests=requests,
+        seed=1,
+    )
+
+
+def quantile_us(buckets: list[tuple[int, int]], share: float) -> float:
+    """The latency in microseconds that ``share`` of the requests stayed below."""
+    rest = share * sum(count for _, count in buckets)
+    for value, count in buckets:
+        rest -= count
+        if rest <= 0:
+            return value / 1000
+    return 0.0
+
+
+def main() -> int:
+    """Prints one table per disk; exit code 1 when a request failed."""
+    parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=1.0, help="per load")
+    parser.add_argument("disks", nargs="*", help="as for vhostuser serve; by default null, memory, and a file")
+    options = parser.parse_args()
+    failed = False
+    with tempfile.TemporaryDirectory(prefix="vhu-") as name:
+        image = Path(name) / "disk.img"
+        with image.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, GIB)
+        for disk in options.disks or ("null:size=1G", "memory:size=1G", str(image)):
+            print(f"\n{disk if disk != str(image) else f'a file of 1 GiB in {Path(name).parent}'}")
+            print(f"{'':40} {'per s':>10} {'MB/s':>8} {'median us':>10} {'99 % us':>9}")
+            for load in LOADS:
+                with served(disk, Path(name)) as place:
+                    result = measure(place, load, options.seconds)
+                buckets = result.reads if load.read_share else result.writes
+                rate = sum(count for _, count in buckets) / result.elapsed_s
+                failed |= bool(result.errors)
+                print(
+                    f"{load.name:40} {rate:10,.0f} {rate * load.block_size / 1e6:8,.0f} "
+                    f"{quantile_us(buckets, 0.5):10.1f} {quantile_us(buckets, 0.99):9.1f}"
+                )
+    return int(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
