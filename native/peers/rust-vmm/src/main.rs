@@ -1,8 +1,8 @@
-//! `rust-vmm-blk --socket PATH --image PATH [--queues N] [--without FEATURE]...`
+//! `rust-vmm-blk --socket PATH --image PATH [--queues N] [--ready PATH] [--without FEATURE]...`
 //!
 //! A plain virtio disk over a file, with whatever the rust-vmm crates make of the vhost-user protocol. It serves one
-//! connection after the other and says so on its standard output: "listening" once, "connection ended: ..." each time.
-//! `FEATURE` is a protocol feature not to offer: `reply-ack`, `mem-slots` or `mq`.
+//! connection after the other, and says on its standard output how each one ended. Once it listens it writes a line to
+//! what `--ready` names. `FEATURE` is a protocol feature not to offer: `reply-ack`, `mem-slots` or `mq`.
 
 mod device;
 mod disk;
@@ -23,13 +23,14 @@ use disk::Disk;
 struct Options {
     socket: String,
     image: String,
+    ready: Option<String>,
     num_queues: usize,
     features: VhostUserProtocolFeatures,
 }
 
 impl Options {
     fn parse(mut words: impl Iterator<Item = String>) -> Result<Options, String> {
-        let (mut socket, mut image, mut num_queues) = (None, None, 1);
+        let (mut socket, mut image, mut ready, mut num_queues) = (None, None, None, 1);
         let mut features = VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
@@ -39,6 +40,7 @@ impl Options {
             match name.as_str() {
                 "--socket" => socket = Some(value),
                 "--image" => image = Some(value),
+                "--ready" => ready = Some(value),
                 "--queues" => {
                     num_queues = value.parse().map_err(|_| format!("--queues: {value} is no number"))?;
                 }
@@ -58,7 +60,7 @@ impl Options {
         if !(1..=64).contains(&num_queues) {
             return Err("--queues: 1 to 64".to_string());
         }
-        Ok(Options { socket, image, num_queues, features })
+        Ok(Options { socket, image, ready, num_queues, features })
     }
 }
 
@@ -72,7 +74,9 @@ fn serve(options: &Options) -> Result<(), String> {
     let disk = file.and_then(Disk::new).map_err(|error| format!("{}: {error}", options.image))?;
     let disk = Arc::new(disk);
     let mut listener = Listener::new(&options.socket, true).map_err(|error| error.to_string())?;
-    say("listening");
+    if let Some(path) = &options.ready {
+        std::fs::write(path, "listening\n").map_err(|error| format!("{path}: {error}"))?;
+    }
     loop {
         // The crate's handler refuses a second SET_OWNER: each connection gets a device of its own.
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
