@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from vhostuser._native import Chain, ChainQueues, GuestMemory
     from vhostuser.backend import ConfigNotice, Device, Server
     from vhostuser.blk import BlockDevice
+    from vhostuser.blk.aio import AsyncBlockClient, connect_async
     from vhostuser.blk.client import BlockClient, connect
+    from vhostuser.blk.fileobj import DiskFile
     from vhostuser.blk.link import ConfigChange
     from vhostuser.blk.requests import Discard, Flush, GetId, Read, ReadInto, Write, WriteZeroes
     from vhostuser.control import ControlClient, ControlServer, disk_methods
@@ -54,7 +56,9 @@ _HOMES = {
     "_native": ("Chain", "ChainQueues", "GuestMemory"),
     "backend": ("ConfigNotice", "Device", "Server"),
     "blk": ("BlockDevice",),
+    "blk.aio": ("AsyncBlockClient", "connect_async"),
     "blk.client": ("BlockClient", "connect"),
+    "blk.fileobj": ("DiskFile",),
     "blk.link": ("ConfigChange",),
     "blk.requests": ("Discard", "Flush", "GetId", "Read", "ReadInto", "Write", "WriteZeroes"),
     "control": ("ControlClient", "ControlServer", "disk_methods"),
@@ -98,6 +102,7 @@ _HOMES = {
 _HOME_OF = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AsyncBlockClient",
     "BackendRefused",
     "BackendUnfit",
     "Backoff",
@@ -116,6 +121,7 @@ __all__ = [
     "Device",
     "Discard",
     "Disk",
+    "DiskFile",
     "DrainTimeout",
     "Faults",
     "FaultyDisk",
@@ -152,6 +158,7 @@ __all__ = [
     "WriteZeroes",
     "adopt",
     "connect",
+    "connect_async",
     "disk_methods",
     "listen",
     "open_disk",

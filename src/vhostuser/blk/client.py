@@ -8,7 +8,6 @@ ring, or uses the native load loop.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 from collections import deque
@@ -17,15 +16,14 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
 
-from vhostuser.blk.lane import Lane
+from vhostuser.blk.facts import DiskFacts, serial_of, switch_write_cache
 from vhostuser.blk.link import USABLE_FEATURES, ChangeListener, ConfigChange, DiskLink, Options
 from vhostuser.blk.requests import Discard, Flush, GetId, Read, ReadInto, Request, Write, WriteZeroes
-from vhostuser.errors import ConfigRefused, PeerGone, SetupError, VhostUserError
+from vhostuser.errors import PeerGone, SetupError, VhostUserError
 from vhostuser.frontend.client import USABLE
 from vhostuser.frontend.dialogue import again
 from vhostuser.frontend.reach import reachable_again
 from vhostuser.frontend.reconnect import Backoff, try_again
-from vhostuser.virtio.blk import BlkFeature, VirtioBlkConfig
 
 if TYPE_CHECKING:
     from vhostuser.blk.fileobj import DiskFile
@@ -88,7 +86,7 @@ def connect(
     return BlockClient(endpoint, options, per_thread=per_thread, reconnect=reconnect, on_config_change=on_config_change)
 
 
-class BlockClient:
+class BlockClient(DiskFacts):
     """A disk. Every method may be called from any thread, at the same time.
 
     Offsets and lengths are in bytes and whole blocks of `block_size`; anything else is a `RequestRefused` before a
@@ -116,13 +114,11 @@ class BlockClient:
         self._per_thread = threading.local() if per_thread else None
         self._backoff = reconnect
         self._listener = on_config_change
-        self._turn = itertools.count()
         self._state = threading.Condition()  # guards the members below; notified after each step of the reaper
         self._changes: deque[ConfigChange] = deque(maxlen=MAX_CHANGES)
         self._closing = threading.Event()
         self._over: VhostUserError | None = None  # there is no link, and will be none
-        self._copied_before = 0
-        self._link: DiskLink = self._dial()
+        super().__init__(self._dial())
         self._reaper = threading.Thread(target=self._reap, name=f"disk {self._link.device.name}", daemon=True)
         self._reaper.start()
 
@@ -130,51 +126,9 @@ class BlockClient:
         return DiskLink(self._endpoint, self._options, self._hear)
 
     @property
-    def size(self) -> int:
-        """The size of the disk in bytes, as far as the back-end has told."""
-        return self._link.limits.size
-
-    @property
-    def block_size(self) -> int:
-        """The size of a logical block in bytes: what offsets and lengths are multiples of."""
-        return self._link.limits.block_size
-
-    @property
-    def read_only(self) -> bool:
-        """Whether the disk can only be read."""
-        return self._link.limits.read_only
-
-    @property
-    def config(self) -> VirtioBlkConfig:
-        """The configuration space; fields of features that are not in use mean nothing."""
-        return self._link.config
-
-    @property
-    def features(self) -> int:
-        """The virtio feature bits in use: offered by the back-end and known here."""
-        return self._link.features
-
-    @property
-    def protocol_features(self) -> ProtocolFeature:
-        """The protocol features in use."""
-        return self._link.device.protocol_features
-
-    @property
-    def write_cache(self) -> bool:
-        """Whether a write may be answered before it is durable; `flush` makes it so."""
-        if self.features & BlkFeature.CONFIG_WCE:
-            return bool(self.config.writeback)
-        return bool(self.features & BlkFeature.FLUSH)
-
-    @property
     def connected(self) -> bool:
         """Whether the back-end is there."""
         return not self._closing.is_set() and self._link.error is None
-
-    @property
-    def copied_bytes(self) -> int:
-        """How many bytes were copied because they were in other buffers than those of `allocate`."""
-        return self._copied_before + self._link.copied_bytes
 
     def allocate(self, length: int) -> Buffer:
         """A buffer that the back-end reads and writes in place. Release it, or use ``with``.
@@ -210,7 +164,7 @@ class BlockClient:
 
     def get_id(self) -> str:
         """The serial of the disk, up to 20 characters."""
-        return self._wait(GetId(), bytes).partition(b"\0")[0].decode("ascii", "replace").rstrip()
+        return serial_of(self._wait(GetId(), bytes))
 
     def submit(self, request: Request, *, queue: int | None = None) -> Future[Any]:
         """Begin ``request`` and return the future of its result: `bytes` of `Read` and `GetId`, None of the others.
@@ -234,12 +188,7 @@ class BlockClient:
 
     def set_write_cache(self, enabled: bool) -> None:
         """Switch the volatile write cache of the disk on or off. Raises `ConfigRefused` when it cannot be."""
-        link = self._usable()
-        if not link.features & BlkFeature.CONFIG_WCE:
-            raise ConfigRefused("the disk does not offer to switch its write cache")
-        link.set_write_cache(enabled)
-        if bool(link.config.writeback) is not enabled:
-            raise ConfigRefused(f"the write cache is still {'off' if enabled else 'on'} after it was switched")
+        switch_write_cache(self._usable(), enabled=enabled)
 
     def refresh(self) -> None:
         """Read the configuration again, for back-ends that cannot tell when it changes."""
@@ -300,19 +249,14 @@ class BlockClient:
                 return self._link
             raise again(self._over or self._link.error)
 
-    def _lane(self, link: DiskLink, queue: int | None) -> Lane:
-        if queue is not None:
-            if not 0 <= queue < len(link.lanes):
-                raise SetupError(f"there are {len(link.lanes)} queues, and no queue {queue}")
-            return link.lanes[queue]
-        if len(link.lanes) == 1:
-            return link.lanes[0]
+    def _next_turn(self) -> int:
+        """In turn for each request, or once for each thread."""
         if self._per_thread is None:
-            return link.lanes[next(self._turn) % len(link.lanes)]
+            return next(self._turn)
         turn: int | None = getattr(self._per_thread, "turn", None)
         if turn is None:
             turn = self._per_thread.turn = next(self._turn)
-        return link.lanes[turn % len(link.lanes)]
+        return turn
 
     def _hear(self, change: ConfigChange) -> None:
         with self._state:

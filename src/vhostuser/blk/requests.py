@@ -113,7 +113,7 @@ class Job:
         self.unanswered = 0
         self.settled = False
         self._held: list[Buffer] = []
-        self._views = _Views(())
+        self._views = NO_VIEWS
         self.parts = self._cut(request, limits, memory)
         self.next_part: Part | None = next(self.parts, None)
 
@@ -163,7 +163,7 @@ class Job:
         for buffer in self._held:
             buffer.drop()
         self._held.clear()
-        self._views = _Views(())
+        self._views = NO_VIEWS
 
     def _result(self) -> object:
         if self.collected is None:
@@ -274,6 +274,9 @@ class _Views:
                 there[:] = here
             done += size
             index += 1
+
+
+NO_VIEWS: Final = _Views(())
 
 
 def _several(buffers: object) -> Sequence[Target | Source]:

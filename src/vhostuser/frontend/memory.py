@@ -23,6 +23,11 @@ GUEST_BASE: Final = 1 << 30
 kinds of addresses is found out; it is aligned to huge pages of every size but the largest."""
 
 
+MARK: Final = b"shared memory of a vhostuser front-end"
+"""The first page holds this and nothing else: no ring or buffer lies where an address that is wrong by all points, and
+a back-end that looks for signs of life in memory, lest it be private, finds one before the first request."""
+
+
 class Pool:
     """Hands out runs of a range of the arena, each a whole number of pages. Not thread-safe: its owner locks."""
 
@@ -91,7 +96,7 @@ class SharedMemory:
         Pages are taken when they are first touched. ``huge_pages`` takes them from the system's reserve. Raises
         `OSError` when there is not enough of either.
         """
-        reserved, buffers = _pages(reserved), _pages(buffers)
+        reserved, buffers = PAGE + _pages(reserved), _pages(buffers)
         total = reserved + buffers
         if huge_pages:
             step = _huge_page_size()
@@ -100,7 +105,8 @@ class SharedMemory:
         self.guest_addr: Final = guest_addr
         self.view: Final = memoryview(cast("bytearray", self.arena))  # before Python 3.12 no type says "has a buffer"
         self._reserve = reserved
-        self._reserved = 0
+        self._reserved = PAGE
+        self.view[: len(MARK)] = MARK
         self._pool = Pool(reserved, total - reserved)
         self._lock = threading.Lock()
 
