@@ -22,9 +22,7 @@ def test_memory_that_is_not_shared_gets_its_own_hint(serve: Serve, boot: Boot, p
     backend.process.wait_output(r"share=on", 30)
 
 
-def test_an_image_in_use_by_a_guest_is_refused_to_a_second_server_and_to_qemu_img(
-    serve: Serve, boot: Boot, image: Path
-) -> None:
+def test_an_image_in_use_by_a_guest_is_refused_to_a_second_server(serve: Serve, boot: Boot, image: Path) -> None:
     backend = serve(image)
     guest = boot(Disk(backend.socket))
     guest.run("dd if=/dev/vda of=/dev/null bs=4096 count=1 status=none")
