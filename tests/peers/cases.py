@@ -24,7 +24,7 @@ from tests.peers.raw import (
     segment,
 )
 
-from vhostuser.errors import VhostUserError
+from vhostuser.errors import BackendRefused, PeerGone
 from vhostuser.protocol import FrontendRequest, VringState
 from vhostuser.virtio.blk import BlkFeature
 from vhostuser.virtio.features import RingFeature
@@ -182,16 +182,27 @@ def _calls(eventfd: int) -> int:
 def foreign_queue(path: Path) -> str:
     """A queue number that the device does not have; whatever it thinks of that, the next connection is served."""
     with RawDisk(path) as disk:
-        try:
-            disk.device.dialogue.tell(FrontendRequest.SET_VRING_NUM, VringState(QUEUES, 128))
-            disk.device.dialogue.number(FrontendRequest.GET_FEATURES)
-            said = "accepted"
-        except VhostUserError:
-            said = "connection closed" if disk.device.dialogue.error else "refused"
+        said = _said_to_foreign_queue(disk)
         if said == "refused":
             disk.write(700, b"\x77" * 512)
     with RawDisk(path) as disk:
         disk.write(700, b"\x78" * 512)
+    return said
+
+
+def _said_to_foreign_queue(disk: RawDisk) -> str:
+    dialogue = disk.device.dialogue
+    try:
+        dialogue.tell(FrontendRequest.SET_VRING_NUM, VringState(QUEUES, 128))
+        said = "accepted"
+    except BackendRefused:
+        said = "refused"
+    except PeerGone:
+        return "connection closed"
+    try:
+        dialogue.number(FrontendRequest.GET_FEATURES)
+    except PeerGone:
+        return f"{said}, then connection closed"
     return said
 
 

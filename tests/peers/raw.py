@@ -121,8 +121,11 @@ class RawDisk:
         host = self.queues[queue]
         deadline = Deadline(LIMIT_S)
         while not (answered := host.driver.reap()):
-            if not host.driver.enable_calls() and not readable([host.call], deadline.left_s):
-                raise TimeoutError("the back-end did not answer a request")
+            if host.driver.enable_calls():
+                continue
+            woken = readable([host.call, self.device], deadline.left_s)
+            if host.call not in woken:
+                raise TimeoutError("the connection ended" if woken else "the back-end did not answer a request")
             host.called()
         return answered
 

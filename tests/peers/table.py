@@ -56,9 +56,13 @@ EXPECTED: Final[dict[str, dict[str, str]]] = {
     "split header": _row("OK"),
     "indirect descriptors": _row("OK"),
     "event index: calls for one request, then for two": _row("0, then 1"),
-    # libvhost-user stores the number past its array of queues without looking, until it learned to look.
+    # libvhost-user stored the number past its array of queues without looking, before QEMU 11 learned to look.
     "a queue number that the device does not have": _row(
-        "refused", qsd_7_2="accepted", qsd_10_0="accepted", qsd_11_1="connection closed"
+        "refused",
+        qsd_7_2="accepted",
+        qsd_10_0="accepted",
+        qsd_11_1="accepted, then connection closed",
+        rust_vmm="refused, then connection closed",
     ),
     "eight queues": _row("MQ, 8 queues, num_queues 8"),
     ONE_QUEUE: _row("OK, MQ was offered"),
@@ -80,8 +84,9 @@ test` ours.
   packages.
 - The last is a small disk made of the crates `vhost` and `vhost-user-backend` (`native/peers/rust-vmm`). What it says
   of requests is its own; what it says of messages and rings is the crates'.
-- libvhost-user before QEMU 11 does not check the number of a queue: it acknowledges `SET_VRING_NUM` for one that the
-  device does not have, and writes past its own table. Our back-end refuses it and goes on.
+- A queue number that the device does not have: libvhost-user before QEMU 11 does not check it, and writes past its own
+  table. Later it acknowledges the message, and closes. The crates refuse it, and close. Our back-end refuses it and goes
+  on.
 - Every back-end here offers MQ with a single queue too; the driver of that row does not accept it.
 
 """

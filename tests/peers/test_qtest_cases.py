@@ -46,7 +46,7 @@ def test_a_case_of_qtest_ends_as_the_table_says(peer: tuple[str, Backend], case:
 
 @pytest.mark.parametrize("name", PEERS)
 def test_a_driver_without_mq_uses_the_one_queue(name: str, serve: Serve, image: Path) -> None:
-    with RawDisk(serve(name, image, queues=1).socket, features=EVERYTHING & ~BlkFeature.MQ) as disk:
+    with RawDisk(serve(name, image, queues=1).socket, features=EVERYTHING & ~int(BlkFeature.MQ)) as disk:
         disk.write(7, b"\x17" * 512)
         assert disk.read(7, 512) == b"\x17" * 512
         assert disk.device.max_queues == 1
