@@ -6,7 +6,7 @@ import pytest
 from tests.protocol.pairs import ALL, EVERY_BIT, NEED_REPLY, USUAL, Pair, negotiated, wire
 from tests.protocol.vectors import BACKEND_VECTORS, FRONTEND_VECTORS, R0, R1, Vector, proving
 
-from vhostuser.errors import LocalProtocolError
+from vhostuser.errors import LocalProtocolError, RemoteProtocolError
 from vhostuser.protocol import (
     U64,
     BackendRequest,
@@ -245,6 +245,23 @@ def test_both_dialects_of_a_failed_config_read_are_understood(dialect: bytes) ->
     pair.frontend.send(Message(Req.GET_CONFIG, Config(0, 4, 0, bytes(4))))
     pair.frontend.receive(wire(Req.GET_CONFIG, dialect, 0x4))
     assert pair.frontend.next_event() == Reply(Req.GET_CONFIG, Config(0, 0, 0, b""))
+
+
+@pytest.mark.parametrize("size", [4, 256])
+def test_a_config_reply_with_room_for_256_bytes_is_cut_to_what_was_asked(size: int) -> None:
+    pair = negotiated()
+    pair.frontend.send(Message(Req.GET_CONFIG, Config(0, 4, 0, bytes(4))))
+    pair.frontend.receive(wire(Req.GET_CONFIG, Config.HEAD.pack(0, size, 0) + b"1234".ljust(256, b"\0"), 0x4))
+    assert pair.frontend.next_event() == Reply(Req.GET_CONFIG, Config(0, 4, 0, b"1234"))
+
+
+@pytest.mark.parametrize(("size", "room"), [(3, 4), (3, 256), (5, 256), (4, 8), (5, 5), (8, 8), (255, 255)])
+def test_any_other_size_of_a_config_reply_ends_the_connection(size: int, room: int) -> None:
+    pair = negotiated()
+    pair.frontend.send(Message(Req.GET_CONFIG, Config(0, 4, 0, bytes(4))))
+    pair.frontend.receive(wire(Req.GET_CONFIG, Config.HEAD.pack(0, size, 0) + bytes(room), 0x4))
+    with pytest.raises(RemoteProtocolError, match="GET_CONFIG"):
+        pair.frontend.next_event()
 
 
 @pytest.mark.parametrize("answer", [b"", bytes(8), Log(0x1000, 0).pack(), bytes(24)])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Final, Generic, NoReturn, TypeVar
 
@@ -38,6 +38,10 @@ class Role(Enum):
 
     FRONTEND = auto()
     BACKEND = auto()
+
+
+CONFIG_UNION: Final = 12 + 256
+"""The structure of GET_CONFIG in C, with room for 256 bytes: SPDK answers with all of it, whatever was asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +97,14 @@ class _Due:
         if config.size == 0:
             return config
         asked = self.payload
-        if len(data) != self.size or not isinstance(asked, Config) or config.size != asked.size:
+        if not isinstance(asked, Config):
+            raise Violation("does not belong to what was asked")
+        whole = config.size == CONFIG_UNION - Config.HEAD.size >= asked.size
+        if len(data) not in (self.size, CONFIG_UNION) or not (config.size == asked.size or whole):
             raise Violation(f"{self.size} bytes of payload were asked for, not {len(data)}")
         if config.offset != asked.offset:
             raise Violation(f"offset {asked.offset} was asked for, not {config.offset}")
-        return config
+        return replace(config, size=asked.size, data=config.data[: asked.size])
 
 
 class Connection(Generic[F]):
