@@ -84,9 +84,9 @@ test` ours.
   packages.
 - The last is a small disk made of the crates `vhost` and `vhost-user-backend` (`native/peers/rust-vmm`). What it says
   of requests is its own; what it says of messages and rings is the crates'.
-- A queue number that the device does not have: libvhost-user before QEMU 11 does not check it, and writes past its own
-  table. Later it acknowledges the message, and closes. The crates refuse it, and close. Our back-end refuses it and goes
-  on.
+- A queue number that the device does not have: libvhost-user before QEMU 11 does not check it, and writes past its
+  own table. Later it acknowledges the message, and closes. The crates refuse it, and close. Our back-end refuses it and
+  goes on.
 - Every back-end here offers MQ with a single queue too; the driver of that row does not accept it.
 
 """

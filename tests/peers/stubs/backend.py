@@ -79,7 +79,9 @@ class StubBackend:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread, the connection and the socket."""
+        """End the thread, the connection and the socket. Idempotent."""
+        if not self._thread.is_alive():
+            return
         self._wake.close()
         self._thread.join()
         self._listener.close()
