@@ -49,6 +49,11 @@ class Dialogue:
         return self._transport.fileno()
 
     @property
+    def transport(self) -> Transport:
+        """The connection itself, for who takes turns with this: nothing may be asked here meanwhile."""
+        return self._transport
+
+    @property
     def acks(self) -> bool:
         """Whether the back-end acknowledges messages."""
         return ProtocolFeature.REPLY_ACK in self.connection.protocol_features

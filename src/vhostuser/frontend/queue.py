@@ -11,7 +11,7 @@ from vhostuser.fds import Fd
 from vhostuser.frontend.memory import PAGE, SharedMemory
 from vhostuser.protocol import VringAddr
 
-D = TypeVar("D", DriverRing, RequestQueue)
+D = TypeVar("D")
 
 MAX_RING: Final = 32768
 
@@ -19,7 +19,8 @@ MAX_RING: Final = 32768
 class HostQueue(Generic[D]):
     """One ring and what belongs to it. `HostDevice.start` gives it to the back-end.
 
-    ``driver`` is what fills it: a `RequestQueue` for the requests of a disk, a `DriverRing` for any chain.
+    ``driver`` is what fills it: a `RequestQueue` for the requests of a disk, a `DriverRing` for any chain, or what a
+    tester has made.
     """
 
     def __init__(self, memory: SharedMemory, index: int, size: int, driver: D, areas: tuple[int, int, int]) -> None:
@@ -74,11 +75,9 @@ def request_queue(
 def plain_queue(memory: SharedMemory, index: int, size: int, *, features: int, base: int = 0) -> HostQueue[DriverRing]:
     """A ring for chains of any kind, in room that is reserved for it: see `ring_bytes`."""
     check_size(size)
-    desc = memory.reserve(ring_bytes(size))
-    avail = desc + 16 * size
-    used = _pages(avail + 6 + 2 * size)
+    desc, avail, used = areas = ring_areas(memory.reserve(ring_bytes(size)), size)
     driver = DriverRing(memory.arena, size=size, desc=desc, avail=avail, used=used, features=features, base=base)
-    queue = HostQueue(memory, index, size, driver, (desc, avail, used))
+    queue = HostQueue(memory, index, size, driver, areas)
     queue.base = base
     return queue
 
@@ -86,6 +85,12 @@ def plain_queue(memory: SharedMemory, index: int, size: int, *, features: int, b
 def ring_bytes(size: int) -> int:
     """What `plain_queue` reserves for a ring of ``size`` descriptors."""
     return _pages(16 * size + 6 + 2 * size) + _pages(6 + 8 * size)
+
+
+def ring_areas(start: int, size: int) -> tuple[int, int, int]:
+    """Where the areas of a ring lie that begins at ``start``, a multiple of `PAGE`; the used ring has its own pages."""
+    avail = start + 16 * size
+    return start, avail, _pages(avail + 6 + 2 * size)
 
 
 def check_size(size: int) -> None:
