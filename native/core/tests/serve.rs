@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use host::{header, memfd, range, Host, FEATURES, GUEST, LEN, LIMIT, SECTORS};
+use host::{header, memfd, pipe, range, Host, FEATURES, GUEST, LEN, LIMIT, SECTORS};
 use vhostuser_core::disk::{Faults, Spec};
 use vhostuser_core::memory::{GuestMemory, GuestSlice, RegionSpec};
 use vhostuser_core::ring::{feature, layout, Segment};
@@ -202,6 +202,20 @@ fn a_stopped_ring_goes_on_where_it_was() {
             host.queues.start(0, host.setup(0, 4, FEATURES, 0), true, Notifiers::default()),
             Err(QueueError::Setup(_))
         ));
+    }
+}
+
+#[test]
+fn a_stopped_ring_has_closed_its_descriptors() {
+    use std::io::Read;
+    let mut host = Host::new(&memory_disk(), 1, 1);
+    drop(host.unstarted(0, 4, FEATURES));
+    for _ in 0..300 {
+        let (mut reader, writer) = pipe();
+        let notifiers = Notifiers { call: Some(writer), ..Notifiers::default() };
+        host.queues.start(0, host.setup(0, 4, FEATURES, 0), true, notifiers).unwrap();
+        host.queues.stop(0, LIMIT).unwrap();
+        assert_eq!(reader.read(&mut [0]).unwrap(), 0, "nobody can write to it any more");
     }
 }
 

@@ -219,40 +219,22 @@ impl Chain {
     }
 }
 
+/// The runs of a stream from byte `offset` on.
+fn runs_from(runs: &[IoVec], mut offset: usize) -> impl Iterator<Item = IoVec> + '_ {
+    runs.iter().filter_map(move |run| {
+        let mut rest = *run;
+        rest.advance(offset);
+        offset -= offset.min(run.len());
+        (!rest.is_empty()).then_some(rest)
+    })
+}
+
 /// Copies bytes from byte `offset` of a stream of runs; returns how many there were.
-pub(crate) fn copy_out(runs: &[IoVec], mut offset: usize, into: &mut [u8]) -> usize {
-    let mut filled = 0;
-    for run in runs {
-        if offset >= run.len() {
-            offset -= run.len();
-            continue;
-        }
-        let mut run = *run;
-        run.advance(offset);
-        offset = 0;
-        filled += run.copy_to(&mut into[filled..]);
-        if filled == into.len() {
-            break;
-        }
-    }
-    filled
+pub(crate) fn copy_out(runs: &[IoVec], offset: usize, into: &mut [u8]) -> usize {
+    runs_from(runs, offset).fold(0, |filled, run| filled + run.copy_to(&mut into[filled..]))
 }
 
 /// Copies bytes to byte `offset` of a stream of runs; returns how many fitted.
-pub(crate) fn copy_in(runs: &[IoVec], mut offset: usize, from: &[u8]) -> usize {
-    let mut stored = 0;
-    for run in runs {
-        if offset >= run.len() {
-            offset -= run.len();
-            continue;
-        }
-        let mut run = *run;
-        run.advance(offset);
-        offset = 0;
-        stored += run.copy_from(&from[stored..]);
-        if stored == from.len() {
-            break;
-        }
-    }
-    stored
+pub(crate) fn copy_in(runs: &[IoVec], offset: usize, from: &[u8]) -> usize {
+    runs_from(runs, offset).fold(0, |stored, run| stored + run.copy_from(&from[stored..]))
 }

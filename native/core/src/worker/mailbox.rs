@@ -2,22 +2,12 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::served::Served;
+use super::Reply;
 use crate::memory::GuestMemory;
 use crate::sys::eventfd::EventFd;
-
-/// Sends one answer. The owner may have stopped waiting; that is no error.
-#[derive(Debug)]
-pub(super) struct Reply<T>(pub(super) SyncSender<T>);
-
-impl<T> Reply<T> {
-    pub(super) fn send(self, value: T) {
-        let _ = self.0.send(value);
-    }
-}
 
 /// What an owner asks of a worker. Rings are named by the worker's own numbers.
 #[derive(Debug)]

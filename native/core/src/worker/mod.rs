@@ -14,12 +14,23 @@ pub use events::{Event, EventKind, Events};
 pub use queues::{Notifiers, QueueError, Queues, Waker};
 pub use stats::{QueueStats, COUNTERS};
 
+use std::sync::mpsc::SyncSender;
 use std::sync::Arc;
 
 use crate::blk::RequestType;
 use crate::disk::Engine;
 use crate::memory::GuestMemory;
 use crate::ring::Chain;
+
+/// Sends one answer. The owner may have stopped waiting; that is no error.
+#[derive(Debug)]
+struct Reply<T>(SyncSender<T>);
+
+impl<T> Reply<T> {
+    fn send(self, value: T) {
+        let _ = self.0.send(value);
+    }
+}
 
 /// How a chain ended.
 #[derive(Clone, Copy, Debug)]

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::mailbox::{Command, Mailbox, Reply};
+use super::mailbox::{Command, Mailbox};
 use super::run::Worker;
 use super::served::{Kicks, Served};
-use super::{Events, QueueStats, Serve};
+use super::{Events, QueueStats, Reply, Serve};
 use crate::memory::GuestMemory;
 use crate::ring::{DeviceRing, RingSetup, SetupError};
 use crate::sys::eventfd::{classify, FdKind};

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::mailbox::{Command, Mailbox, Reply};
+use super::mailbox::{Command, Mailbox};
 use super::served::{Kicks, Served};
 use super::stats::{now_ns, Counter};
-use super::{Begun, EventKind, Events, Finished, Serve};
+use super::{Begun, EventKind, Events, Finished, Reply, Serve};
 use crate::disk::Engine;
 use crate::memory::GuestMemory;
 use crate::ring::{Broken, Chain};
@@ -214,8 +214,11 @@ impl<S: Serve> Worker<S> {
                 if let Some(mut served) = self.rings[at].take() {
                     // The driver kicks whoever comes next.
                     let _ = served.ring.enable_kicks();
-                    if let Some(reply) = served.stopping.take() {
-                        reply.send(served.ring.base());
+                    let (base, reply) = (served.ring.base(), served.stopping.take());
+                    // Whoever waited finds its descriptors closed and the memory let go.
+                    drop(served);
+                    if let Some(reply) = reply {
+                        reply.send(base);
                     }
                 }
             }

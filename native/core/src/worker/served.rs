@@ -4,9 +4,8 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
-use super::mailbox::Reply;
 use super::stats::{Counter, QueueStats};
-use super::{EventKind, Events, Outcome};
+use super::{EventKind, Events, Outcome, Reply};
 use crate::ring::{Broken, DeviceRing};
 use crate::sys::eventfd;
 

@@ -32,6 +32,15 @@ pub fn eventfd() -> OwnedFd {
     EventFd::new().unwrap().as_fd().try_clone_to_owned().unwrap()
 }
 
+/// A pipe that never waits: its read end and its write end.
+pub fn pipe() -> (File, OwnedFd) {
+    let mut ends = [0; 2];
+    // SAFETY: a place for two descriptors.
+    assert_eq!(unsafe { libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK) }, 0);
+    // SAFETY: both are new.
+    unsafe { (File::from_raw_fd(ends[0]), OwnedFd::from_raw_fd(ends[1])) }
+}
+
 /// One disk, its shared memory, and drivers for its rings.
 pub struct Host {
     pub file: File,
