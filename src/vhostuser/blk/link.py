@@ -284,7 +284,8 @@ class DiskLink:
     def set_write_cache(self, enabled: bool) -> None:
         """Write ``writeback`` of the configuration, and read what became of it. Raises `ConfigRefused`."""
         self.device.write_config(WRITEBACK_OFFSET, bytes([enabled]))
-        writeback = self.device.read_config(WRITEBACK_OFFSET, 1)[0]
+        # From the start: libvhost-user does not look at the offset, and answers with the first bytes of all.
+        writeback = self.device.read_config(0, WRITEBACK_OFFSET + 1)[WRITEBACK_OFFSET]
         self.config = replace(self.config, writeback=writeback)
 
     def refresh(self) -> None:

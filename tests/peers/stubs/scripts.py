@@ -38,9 +38,9 @@ def always_268(request: bytes, config: bytes) -> bytes:
 
 
 def empty_beyond_the_end(request: bytes, config: bytes) -> bytes:
-    """libvhost-user's error: no payload at all. Flags other than 0 are an error too (its sample disk)."""
-    offset, size, flags = CONFIG.unpack_from(request)
-    return b"" if flags or offset + size > len(config) else padded(request, config)
+    """libvhost-user: it does not look at the offset. Its error is no payload at all, also for flags other than 0."""
+    _, size, flags = CONFIG.unpack_from(request)
+    return b"" if flags or size > len(config) else request[: CONFIG.size] + config[:size]
 
 
 def twelve_beyond_the_end(request: bytes, config: bytes) -> bytes:

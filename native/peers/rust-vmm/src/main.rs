@@ -2,7 +2,8 @@
 //!
 //! A plain virtio disk over a file, with whatever the rust-vmm crates make of the vhost-user protocol. It serves one
 //! connection after the other, and says on its standard output how each one ended. Once it listens it writes a line to
-//! what `--ready` names. `FEATURE` is a protocol feature not to offer: `reply-ack`, `mem-slots` or `mq`.
+//! what `--ready` names. `FEATURE` is a protocol feature not to offer: `mem-slots` or `mq` (the crates always
+//! offer `reply-ack`).
 
 mod device;
 mod disk;
@@ -46,7 +47,6 @@ impl Options {
                 }
                 "--without" => {
                     features.remove(match value.as_str() {
-                        "reply-ack" => VhostUserProtocolFeatures::REPLY_ACK,
                         "mem-slots" => VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS,
                         "mq" => VhostUserProtocolFeatures::MQ,
                         _ => return Err(format!("--without: {value} is no feature to leave out")),
