@@ -5,9 +5,9 @@ BIN := .venv/bin
 CARGO := cd native && cargo
 export PYTHON
 
-NATIVE_SOURCES := $(shell find native -name target -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
+NATIVE_SOURCES := $(shell find native \( -name target -o -name fuzz \) -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
 
-.PHONY: all help demo build format lint test test-native guest interop bench docs fuzz mutants packages clean
+.PHONY: all help demo build format lint test test-native guest interop bench docs fuzz oracle mutants packages clean
 .DELETE_ON_ERROR:
 
 all: format build lint test
@@ -25,7 +25,8 @@ help:
 	@echo 'make bench        the benchmarks'
 	@echo 'make docs         the documentation, warnings are errors; needs a passing `make test` for its tables'
 	@echo 'make fuzz         the fuzz targets, FUZZ_SECONDS (60) each'
-	@echo 'make mutants      plants mistakes into the ring code; the tests have to find each (minutes)'
+	@echo 'make oracle       the native ring against a slow one in Python, millions of steps (minutes)'
+	@echo 'make mutants      plants mistakes into the ring code; the oracle has to find each (half an hour)'
 	@echo 'make clean        removes what the other targets made'
 
 # -- building ---------------------------------------------------------------------------------------------------------
@@ -36,6 +37,10 @@ help:
 
 .venv/.docs: .venv/.dev
 	@tools/setup-python docs
+	@touch $@
+
+.venv/.fuzz: .venv/.dev
+	@tools/setup-python fuzz
 	@touch $@
 
 .venv/.native: .venv/.dev $(NATIVE_SOURCES)
@@ -88,26 +93,17 @@ packages: .venv/.dev
 bench: build
 	$(BIN)/python -m benchmarks
 
-# Coverage-guided, with a stable compiler: libFuzzer comes with the targets, the instrumentation with these flags.
+# Native targets (native/fuzz) under AddressSanitizer and Python ones, all coverage-guided: see tests/fuzz.
 FUZZ_SECONDS ?= 60
-FUZZ_TARGETS ?= $(basename $(notdir $(wildcard native/fuzz/targets/*.rs)))
-FUZZ_HOST := x86_64-unknown-linux-gnu
-FUZZ_FLAGS := --cfg fuzzing -Ccodegen-units=1 -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
-	-Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
-	-Cllvm-args=-sanitizer-coverage-trace-compares
+fuzz: build .venv/.fuzz
+	@command -v c++ >/dev/null || tools/install-packages g++
+	@$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
-fuzz:
-	@tools/check-rust
-	cd native/fuzz && RUSTFLAGS="$(FUZZ_FLAGS)" cargo build --quiet --release --locked --target $(FUZZ_HOST)
-	@set -e; for name in $(FUZZ_TARGETS); do \
-		mkdir -p build/fuzz/$$name; \
-		echo "fuzz: $$name for $(FUZZ_SECONDS) s"; \
-		native/fuzz/target/$(FUZZ_HOST)/release/$$name -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 \
-			-artifact_prefix=build/fuzz/$$name. build/fuzz/$$name $$(ls -d native/fuzz/seeds/$$name 2>/dev/null); \
-	done
+oracle: build
+	ORACLE_OPERATIONS=4000000 $(BIN)/pytest tests/oracle
 
 mutants: build
-	tools/mutants
+	@$(BIN)/python tools/mutants
 
 # -- documentation ----------------------------------------------------------------------------------------------------
 
@@ -120,4 +116,4 @@ docs: .venv/.docs build build/covers.json
 	@echo 'docs/_build/html/index.html'
 
 clean:
-	rm -rf build dist docs/_build docs/reference/conformance.md .venv native/target src/vhostuser/_native*.so
+	rm -rf build dist docs/_build docs/reference/conformance.md .venv native/target native/fuzz/target src/vhostuser/_native*.so
