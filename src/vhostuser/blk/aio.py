@@ -265,7 +265,7 @@ class AsyncBlockClient(DiskFacts):
 
     async def _revive(self, old: DiskLink, backoff: Backoff) -> None:
         """Connect again, until that succeeds or the back-off gives up."""
-        log.warning("%s: %s; connecting again", old.device.name, old.error)
+        log.warning("%s: %s; connecting again", old.device.name, str(old.error))
         self._copied_before += old.copied_bytes
         try:
             link = await asyncio.to_thread(_dial_again, old, self._endpoint, self._hearing, backoff, self._closing)

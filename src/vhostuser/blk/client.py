@@ -285,7 +285,7 @@ class BlockClient(DiskFacts):
         if self._backoff is None:
             self._over = reason
             return False
-        log.warning("%s: %s; connecting again", old.device.name, reason)
+        log.warning("%s: %s; connecting again", old.device.name, str(reason))  # a kept record keeps no arena
         old.close()
         try:
             link = try_again(self._dial, self._backoff, self._closing)
