@@ -195,15 +195,15 @@ class BlockClient(DiskFacts):
         self._usable().refresh()
 
     def wait_config_change(self, timeout_s: float | None = None) -> ConfigChange | None:
-        """The next change of the configuration that was not waited for yet; None when ``timeout_s`` pass without.
+        """The next change of the configuration that was not waited for yet.
 
-        Raises what ended the connection, once no change is left.
+        None when ``timeout_s`` pass without one, or the client is closed. Raises what ended the connection.
         """
         with self._state:
             self._state.wait_for(lambda: self._changes or self._over or self._closing.is_set(), timeout_s)
             if self._changes:
                 return self._changes.popleft()
-            if self._over is not None:
+            if self._over is not None and not self._closing.is_set():
                 raise again(self._over)
             return None
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING
 
-from vhostuser.errors import ConfigRefused, SetupError
+from vhostuser.errors import ConfigRefused, PeerGone, SetupError
+from vhostuser.frontend.dialogue import again
 from vhostuser.virtio.blk import BlkFeature, VirtioBlkConfig
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class DiskFacts:
     @property
     def num_queues(self) -> int:
         """How many queues carry the requests."""
-        return len(self._link.lanes)
+        return self._link.options.queues
 
     @property
     def write_cache(self) -> bool:
@@ -76,11 +77,14 @@ class DiskFacts:
 
     def _lane(self, link: DiskLink, queue: int | None) -> Lane:
         """The queue asked for, or the next in turn."""
+        lanes = link.lanes
+        if not lanes:
+            raise again(link.error or PeerGone("the connection is closed"))
         if queue is None:
-            queue = self._next_turn() % len(link.lanes)
-        if not 0 <= queue < len(link.lanes):
-            raise SetupError(f"there are {len(link.lanes)} queues, and no queue {queue}")
-        return link.lanes[queue]
+            queue = self._next_turn() % len(lanes)
+        if not 0 <= queue < len(lanes):
+            raise SetupError(f"there are {len(lanes)} queues, and no queue {queue}")
+        return lanes[queue]
 
     def _next_turn(self) -> int:
         return next(self._turn)

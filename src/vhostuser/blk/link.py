@@ -114,6 +114,8 @@ class DiskLink:
         )
         self.lanes: Sequence[Lane] = ()
         self._changed = changed
+        self._memory: SharedMemory | None = None
+        self._copied_before = 0
         self._error: VhostUserError | None = None
         self._poll: Final = select.epoll()
         self._wake: Final = eventfd()
@@ -143,16 +145,16 @@ class DiskLink:
         )
         segments = self.limits.max_segments
         room = RequestQueue.bytes_needed(options.queue_size, segments)
-        self.memory = SharedMemory(
+        self._memory = memory = SharedMemory(
             options.queues * (room + options.copies), options.memory, huge_pages=options.huge_pages
         )
         lanes: list[Lane] = []
         for index in range(options.queues):
-            queue = request_queue(self.memory, index, options.queue_size, seg_max=segments, features=device.features)
-            pool = Pool(self.memory.reserve(options.copies), options.copies)
+            queue = request_queue(memory, index, options.queue_size, seg_max=segments, features=device.features)
+            pool = Pool(memory.reserve(options.copies), options.copies)
             lanes.append(Lane(queue, pool, self.limits, timeout_s=options.request_timeout_s))
             self.lanes = tuple(lanes)
-        device.start(self.memory, [lane.queue for lane in lanes])
+        device.start(memory, [lane.queue for lane in lanes])
         self._poll.register(device.fileno(), select.EPOLLRDHUP)
         self._poll.register(self._wake.fileno(), select.EPOLLIN)
         for lane in lanes:
@@ -171,6 +173,13 @@ class DiskLink:
             f"it does not tell its configuration: {refused}",
             "Report it to the makers of the back-end",
         )
+
+    @property
+    def memory(self) -> SharedMemory:
+        """The arena. Raises what ended the connection once it is closed."""
+        if self._memory is None:
+            raise again(self._error or PeerGone("the connection is closed"))
+        return self._memory
 
     @property
     def features(self) -> int:
@@ -275,7 +284,7 @@ class DiskLink:
     @property
     def copied_bytes(self) -> int:
         """How much was copied between the caller's buffers and the arena."""
-        return sum(lane.copied_bytes for lane in self.lanes)
+        return self._copied_before + sum(lane.copied_bytes for lane in self.lanes)
 
     def allocate(self, length: int) -> Buffer:
         """A buffer that the back-end uses in place. Raises `SetupError` when there is no room."""
@@ -308,11 +317,15 @@ class DiskLink:
         self.device.reset()
 
     def close(self) -> None:
-        """Hang up, fail what is under way, and give everything back. No `step` may run any more. Idempotent."""
+        """Hang up, fail what is under way, and give everything back. No `step` may run any more. Idempotent.
+
+        Buffers that are still held keep their memory.
+        """
         self.fail(PeerGone("the connection is closed"))
         self.device.close()
         for lane in self.lanes:
             lane.queue.close()
+        self._copied_before, self.lanes, self._memory = self.copied_bytes, (), None
         self._poll.close()
         with self._wake_lock:
             self._wake.close()
