@@ -16,6 +16,11 @@ COMMANDS = {
     "resize": "Change the size of a disk that is being served.",
     "stats": "Show what a served disk has done so far.",
     "print-config": "Print what to paste into a hypervisor.",
+    "probe": "Ask a back-end what it offers, and who can use it.",
+    "read": "Read a disk from its back-end to standard output.",
+    "write": "Write standard input to the disk of a back-end.",
+    "copy": "Copy between back-ends, files and standard streams.",
+    "bench": "Measure a back-end, or compare two.",
 }
 
 
