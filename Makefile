@@ -5,7 +5,7 @@ BIN := .venv/bin
 CARGO := cd native && cargo
 export PYTHON
 
-NATIVE_SOURCES := $(shell find native \( -name target -o -name fuzz \) -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
+NATIVE_SOURCES := $(shell find native \( -name target -o -name fuzz -o -name peers \) -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
 
 .PHONY: all help demo build format lint test test-native guest interop bench docs fuzz oracle mutants packages clean
 .DELETE_ON_ERROR:
@@ -20,7 +20,7 @@ help:
 	@echo 'make test         the Python tests, one guest boot per QEMU included, and the native tests'
 	@echo 'make test-native  the native tests alone'
 	@echo 'make guest        the whole matrix of real guests (minutes)'
-	@echo 'make interop      real peers: qemu-img and qemu-io over libblkio (minutes)'
+	@echo 'make interop      real peers: qemu-img over libblkio, storage daemons, the rust-vmm crates (minutes)'
 	@echo 'make packages     fetches what guests are made of into .cache (test, guest, demo and interop do it by themselves)'
 	@echo 'make bench        the benchmarks'
 	@echo 'make docs         the documentation, warnings are errors; needs a passing `make test` for its tables'
@@ -80,7 +80,8 @@ guest: build packages
 
 interop: build
 	@$(BIN)/python -m tests.guest.prepare sid || true
-	$(BIN)/pytest -m interop tests/interop
+	@$(BIN)/python -m tests.peers.daemons || true
+	$(BIN)/pytest -m interop tests/interop tests/peers
 
 demo: build packages
 	@$(BIN)/python -m tests.guest.demo

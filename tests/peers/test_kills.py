@@ -88,6 +88,7 @@ class Killer:
         self._thread = threading.Thread(target=self._run)
         self.killed_at: float | None = None
         self.answered = 0
+        self.cut_short = 0
         self.count(0)
         self._thread.start()
 
@@ -141,7 +142,9 @@ def use_by_threads(path: Path, chance: random.Random, killer: Killer) -> None:
             while True:
                 chosen = [some_request(chance) for _ in range(64)]
                 futures = disk.submit_all(request for _, request in chosen)
-                killer.count(settle([number for number, _ in chosen], futures))
+                answered = settle([number for number, _ in chosen], futures)
+                killer.count(answered)
+                killer.cut_short += len(chosen) - answered
         thread.join(LIMIT_S)
         assert not thread.is_alive()
         assert not disk.connected
@@ -193,7 +196,7 @@ def kill_again_and_again(times: int, make: Callable[[int], tuple[Path, Callable[
 
     One in four is killed while it is connected to, or soon after, the others under load.
     """
-    answered = 0
+    answered = cut_short = 0
     for number in range(times):
         chance = random.Random(number)
         path, kill = make(number)
@@ -203,8 +206,10 @@ def kill_again_and_again(times: int, make: Callable[[int], tuple[Path, Callable[
             killer = Killer(kill, chance.randrange(1, 1000), 0.003 * chance.random())
         (use_by_threads if number % 3 else use_by_tasks)(path, chance, killer)
         answered += killer.answered
+        cut_short += killer.cut_short
         killer.check()
     assert answered > 10 * times, "hardly a request came before the end"
+    assert cut_short, "no request was under way at the end"
 
 
 def of_forge(forge: Forge, place: Path) -> Callable[[int], tuple[Path, Callable[[], None]]]:
