@@ -330,6 +330,13 @@ def test_an_arena_that_is_full_says_so(disk: Transport) -> None:
         client.write(0, bytes(1 << 20))
 
 
+def test_little_room_for_copies_is_room_enough(disk: Transport) -> None:
+    with vhostuser.connect(disk, queues=2, copy_memory=(1 << 20) + 777) as client:
+        data = os.urandom(5 << 20)
+        client.write(0, data)
+        assert client.read(0, len(data)) == data
+
+
 def test_a_failed_request_is_an_os_error_with_its_evidence(serve: Serve) -> None:
     device = BlockDevice(FaultyDisk(MemoryDisk(SIZE), Faults(error_write=1.0)))
     with vhostuser.connect(serve(device)) as client:
@@ -343,7 +350,7 @@ def test_a_failed_request_is_an_os_error_with_its_evidence(serve: Serve) -> None
 
 
 def test_options_that_make_no_sense_are_refused(disk: Transport) -> None:
-    for wrong in ({"queue_size": 100}, {"queue_size": 2}, {"queues": 0}, {"queues": 257}):
+    for wrong in ({"queue_size": 100}, {"queue_size": 2}, {"queues": 0}, {"queues": 257}, {"timeout_s": 0}):
         with pytest.raises(SetupError):
             vhostuser.connect("/nowhere", **wrong)  # type: ignore[arg-type]
     with pytest.raises(BackendUnfit, match="it has 4 queues and 5 were asked for"):

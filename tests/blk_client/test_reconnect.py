@@ -88,9 +88,11 @@ def test_a_client_that_is_closed_while_it_reconnects_gives_up_at_once(host: Host
 def test_when_nobody_comes_again_every_call_says_so(host: Host) -> None:
     host.begin()
     with vhostuser.connect(host.path, reconnect=Backoff(first_s=0.001, give_up_s=0.02)) as client:
+        client.write(0, bytes(512))
         host.end()
         with pytest.raises(VhostUserError):
             client.wait_config_change(WAIT_S)
+        assert client.copied_bytes == 512
         with pytest.raises(PeerGone, match="no such socket"):
             client.read(0, 512)
 

@@ -266,7 +266,6 @@ class AsyncBlockClient(DiskFacts):
     async def _revive(self, old: DiskLink, backoff: Backoff) -> None:
         """Connect again, until that succeeds or the back-off gives up."""
         log.warning("%s: %s; connecting again", old.device.name, str(old.error))
-        self._copied_before += old.copied_bytes
         try:
             link = await asyncio.to_thread(_dial_again, old, self._endpoint, self._hearing, backoff, self._closing)
         except VhostUserError as error:
@@ -275,6 +274,7 @@ class AsyncBlockClient(DiskFacts):
         finally:
             self._revival = None
         if link is not None:
+            self._copied_before += old.copied_bytes
             self._link = link
             self._watch()
             if link.config != old.config:

@@ -281,7 +281,6 @@ class BlockClient(DiskFacts):
     def _revive(self, old: DiskLink) -> bool:
         """Connect again, if that is wanted. False when there will be no connection any more."""
         reason = old.error or PeerGone("the back-end has gone")
-        self._copied_before += old.copied_bytes
         if self._backoff is None:
             self._over = reason
             return False
@@ -295,6 +294,7 @@ class BlockClient(DiskFacts):
         if link is None:
             return False
         with self._state:
+            self._copied_before += old.copied_bytes
             self._link = link
             self._state.notify_all()
         if link.config != old.config:

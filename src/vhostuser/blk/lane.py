@@ -91,12 +91,13 @@ class Lane:
             return list(jobs)
 
     def _answer(self, token: int, status: int, finished: list[Job]) -> None:
-        part, copy, _ = self._flying.pop(token)
+        part, copy, _ = self._flying[token]
         if copy is None:
             last = part.job.answered(part, status, None)
         else:
             last = part.job.answered(part, status, self._view[copy : copy + part.length])
             self._room.give(copy, part.length)
+        del self._flying[token]  # not before: whatever goes wrong until here, `fail` still finds it
         if last:
             finished.append(part.job)
 

@@ -5,6 +5,7 @@ Both clients stand on it: one lets a thread of its own call `step`, the other an
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import threading
@@ -20,7 +21,7 @@ from vhostuser.blk.requests import Job, Promise, Request
 from vhostuser.errors import BackendRefused, BackendUnfit, PeerGone, RemoteRingError, SetupError, VhostUserError
 from vhostuser.frontend.client import USABLE, HostDevice
 from vhostuser.frontend.dialogue import again
-from vhostuser.frontend.memory import Buffer, Pool, SharedMemory
+from vhostuser.frontend.memory import PAGE, Buffer, Pool, SharedMemory
 from vhostuser.frontend.queue import check_size, eventfd, request_queue
 from vhostuser.frontend.reach import Endpoint
 from vhostuser.protocol import ProtocolFeature
@@ -47,6 +48,12 @@ CONFIG_SIZES: Final = (60, 36, 8)
 Firecracker and libblkio do; the least that QEMU asks for; the capacity alone."""
 
 
+MAX_TIMEOUT_S: Final = 1_000_000.0
+"""What still fits into the milliseconds of poll(2)."""
+
+log = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """How to connect to a disk. `vhostuser.connect` explains them."""
@@ -69,13 +76,16 @@ class Options:
             raise SetupError(f"a queue of a disk has at least 4 descriptors, not {self.queue_size}")
         if not 1 <= self.queues <= 256:
             raise SetupError(f"a disk has 1 to 256 queues, not {self.queues}")
+        for limit in (self.timeout_s, self.request_timeout_s):
+            if not 0 < limit <= MAX_TIMEOUT_S:
+                raise SetupError(f"a time limit is more than 0 and at most {MAX_TIMEOUT_S:.0f} s, not {limit}")
 
     @property
     def copies(self) -> int:
         """Bytes for copies, of each queue."""
-        if self.copy_memory is not None:
-            return max(self.copy_memory, MAX_REQUEST_BYTES)
-        return max(4 * MAX_REQUEST_BYTES, self.queue_size * 16384)
+        if self.copy_memory is None:
+            return max(4 * MAX_REQUEST_BYTES, self.queue_size * 16384)
+        return max(self.copy_memory // PAGE * PAGE, MAX_REQUEST_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +240,9 @@ class DiskLink:
             self._take(events, finished)
         except VhostUserError as error:
             self.fail(error)
+        except Exception:  # nobody may wait for ever because of an error of ours
+            log.exception("%s: an error of our own ends the connection", self.device.name)
+            self.fail(PeerGone("the connection was given up because of an error of our own, which was logged"))
         for job in finished:
             job.settle()
         return self._error is None
