@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -155,3 +156,13 @@ def test_we_refuse_an_image_that_a_storage_daemon_writes(image: Path) -> None:
 @pytest.mark.usefixtures("storage_daemon")
 def test_we_may_read_an_image_that_a_storage_daemon_reads(image: Path) -> None:
     FileDisk(image, read_only=True).close()
+
+
+def test_a_lock_that_its_holder_gives_up_in_time_is_waited_for(image: Path) -> None:
+    holder = FileDisk(image)
+    timer = threading.Timer(0.1, holder.close)
+    timer.start()
+    try:
+        FileDisk(image).close()
+    finally:
+        timer.join()

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import struct
+import time
 from enum import IntEnum
 from typing import Final
 
@@ -38,32 +39,51 @@ EXCLUSIVE: Final = frozenset({Permission.WRITE, Permission.RESIZE})
 """What we let nobody else do, whether we write or only read."""
 
 
-def lock_image(fd: int, path: str, *, writable: bool) -> None:
+PATIENCE_S: Final = 1.0
+"""How long to wait for a predecessor that was killed: its locks last until the kernel has ended its last request."""
+RETRY_S: Final = 0.02
+
+
+def lock_image(fd: int, path: str, *, writable: bool, patience_s: float = PATIENCE_S) -> None:
     """Lock the image behind ``fd`` for us, or raise `OperatorError` when another program uses it.
 
-    Never blocks. The lock belongs to the open file description: it ends when ``fd``, its duplicates and the requests
-    inside the kernel have all ended.
+    Blocks for ``patience_s`` at most. The lock belongs to the open file description: it ends when ``fd``, its
+    duplicates and the requests inside the kernel have all ended.
     """
-    used = WRITING if writable else READING
-    held = [USED + permission for permission in used] + [NOT_SHARED + permission for permission in EXCLUSIVE]
-    opposite = [(NOT_SHARED + permission, permission) for permission in used]
-    opposite += [(USED + permission, permission) for permission in EXCLUSIVE]
+    deadline = time.monotonic() + patience_s
     try:
-        for byte in held:
-            fcntl.fcntl(fd, F_OFD_SETLK, _lock(fcntl.F_RDLCK, byte))
-        for byte, permission in opposite:
-            if _taken(fd, byte):
-                unlock_image(fd)
-                raise _in_use(path, permission, writes=byte < NOT_SHARED)
+        while (conflict := _try_to_lock(fd, writable=writable)) is not None:
+            if time.monotonic() >= deadline:
+                raise _in_use(path, *conflict)
+            time.sleep(RETRY_S)
     except OSError as error:
         unlock_image(fd)
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise _in_use(path, Permission.WRITE, writes=True) from error
         raise OperatorError(
             path,
             f"its file system cannot lock it ({os.strerror(error.errno or 0)})",
             "Serve it without locking (--no-lock) and make sure that nothing else uses it",
         ) from error
+
+
+def _try_to_lock(fd: int, *, writable: bool) -> tuple[Permission, bool] | None:
+    """Hold every lock, or none: then the permission in dispute, and whether the other one uses it or withholds it."""
+    used = WRITING if writable else READING
+    held = [USED + permission for permission in used] + [NOT_SHARED + permission for permission in EXCLUSIVE]
+    opposite = [(NOT_SHARED + permission, permission) for permission in used]
+    opposite += [(USED + permission, permission) for permission in EXCLUSIVE]
+    for byte in held:
+        try:
+            fcntl.fcntl(fd, F_OFD_SETLK, _lock(fcntl.F_RDLCK, byte))
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            unlock_image(fd)
+            return Permission.WRITE, True
+    for byte, permission in opposite:
+        if _taken(fd, byte):
+            unlock_image(fd)
+            return permission, byte < NOT_SHARED
+    return None
 
 
 def unlock_image(fd: int) -> None:
@@ -83,7 +103,7 @@ def _taken(fd: int, byte: int) -> bool:
     return bool(_FLOCK.unpack(found)[0] != fcntl.F_UNLCK)
 
 
-def _in_use(path: str, permission: Permission, *, writes: bool) -> OperatorError:
+def _in_use(path: str, permission: Permission, writes: bool) -> OperatorError:
     right = permission.name.lower().replace("_", " ")
     does = f"has it open with the {right} permission" if writes else f"lets nobody else have its {right} permission"
     return OperatorError(
