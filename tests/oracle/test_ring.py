@@ -26,6 +26,7 @@ def named(value: object) -> str:
     return "-".join(value) if isinstance(value, tuple) else str(value) if isinstance(value, int) else ""
 
 
+@pytest.mark.covers("VIRTIO_F_INDIRECT_DESC", "VIRTIO_F_EVENT_IDX")
 @pytest.mark.parametrize(("halves", "size", "features"), CASES, ids=named)
 def test_every_step_of_a_random_schedule_is_what_the_specification_says(
     halves: tuple[str, str], size: int, features: int, oracle_operations: int

@@ -17,6 +17,8 @@ struct State {
     ring: core::DeviceRing,
     /// The chains in flight, by head.
     taken: Vec<Option<Chain>>,
+    /// Chains to be used again, as a worker does.
+    spare: Vec<Chain>,
 }
 
 impl State {
@@ -64,14 +66,19 @@ impl DeviceRing {
         let setup = RingSetup { size, desc, avail, used, base, features };
         let ring = core::DeviceRing::new(setup, &memory)?;
         let taken = (0..size).map(|_| None).collect();
-        Ok(Self { state: Mutex::new(State { ring, taken }), memory })
+        Ok(Self { state: Mutex::new(State { ring, taken, spare: Vec::new() }), memory })
     }
 
     fn take(&self) -> Fallible<Option<Taken>> {
         let mut state = self.lock();
-        let mut chain = Chain::default();
-        if !state.ring.take(&self.memory, &mut chain)? {
-            return Ok(None);
+        let mut chain = state.spare.pop().unwrap_or_default();
+        match state.ring.take(&self.memory, &mut chain) {
+            Ok(true) => {}
+            none => {
+                state.spare.push(chain);
+                none?;
+                return Ok(None);
+            }
         }
         let head = chain.head;
         let taken = (head, chain.readable_len, chain.writable_len, chain.fault.map(name));
@@ -104,7 +111,8 @@ impl DeviceRing {
         let mut state = self.lock();
         state.chain(head)?;
         state.ring.push(head, written)?;
-        state.taken[usize::from(head)] = None;
+        let chain = state.taken[usize::from(head)].take();
+        state.spare.extend(chain);
         Ok(())
     }
 
