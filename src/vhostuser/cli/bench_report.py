@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from vhostuser.cli import screen
+
 if TYPE_CHECKING:
     from vhostuser.bench import Measured
 
@@ -47,13 +49,13 @@ def facts(one: Measured) -> dict[str, object]:
 
 def show(socket: str, one: Measured) -> None:
     """One run, for a person."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = screen.console()
     console.print(
         f"{socket}: {one.iops:,.0f} requests/s, {one.bytes_per_s / 1e6:,.1f} MB/s, "
-        f"{one.requests:,} in {one.elapsed_s:.2f} s, {one.errors} failed"
+        f"{one.requests:,} in {one.elapsed_s:.2f} s, {one.errors} failed",
+        soft_wrap=True,
     )
     latencies = Table("latency, µs", box=None, padding=(0, 2))
     kinds = {"reads": one.reads, "writes": one.writes, "flushes": one.flushes}
@@ -61,11 +63,12 @@ def show(socket: str, one: Measured) -> None:
     for name in next(iter(told.values()), {}):
         latencies.add_column(name, justify="right")
     for name, values in told.items():
-        latencies.add_row(name, *(f"{value:,.1f}" for value in values.values()))
+        latencies.add_row(name, *(f"{value:,.1f}" if value < 1000 else f"{value:,.0f}" for value in values.values()))
     console.print(latencies)
     console.print(
         f"processor time per request: {_told(one.client_cpu_us, '{:,.3f} µs')} here, "
-        f"{_told(one.backend_cpu_us, '{:,.3f} µs')} in the back-end; {one.kicks:,} kicks, {one.sleeps:,} sleeps"
+        f"{_told(one.backend_cpu_us, '{:,.3f} µs')} in the back-end; {one.kicks:,} kicks, {one.sleeps:,} sleeps",
+        soft_wrap=True,
     )
 
 
@@ -91,12 +94,11 @@ def _compared(runs: Runs, metric: Metric) -> dict[str, object] | None:
 
 def show_comparison(a: str, b: str, runs: Runs) -> None:
     """All pairs, for a person: medians, and ratios of pairs with their interval."""
-    from rich.console import Console
     from rich.table import Table
 
     from vhostuser.bench import median, median_interval
 
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = screen.console()
     table = Table("", "A, median", "B, median", "B/A, median", "interval", box=None, padding=(0, 2))
     for column in table.columns[1:]:
         column.justify = "right"
@@ -118,7 +120,8 @@ def show_comparison(a: str, b: str, runs: Runs) -> None:
     console.print(table)
     console.print(
         f"{len(runs)} pairs, A B A B. The interval holds the median ratio with {coverage:.1%} probability, whatever "
-        "the distribution, if pairs are independent (sign test). Processor time is per request."
+        "the distribution, if pairs are independent (sign test). Processor time is per request.",
+        soft_wrap=True,
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vhostuser.cli import failures, reaching
+from vhostuser.cli import failures, reaching, screen
 
 if TYPE_CHECKING:
     from vhostuser.blk.hosts import Verdict
@@ -76,10 +76,9 @@ def protocol_names(found: Findings) -> list[str]:
 
 def show(found: Findings, judged: list[Verdict]) -> None:
     """All of it, for a person."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = screen.console()
     about = Table.grid(padding=(0, 2))
     about.add_row("features", " ".join(names_of(found.features)) or "none")
     about.add_row("protocol features", " ".join(protocol_names(found)) or "none")

@@ -16,7 +16,10 @@ from vhostuser.copying.verify import Fingerprints
 from vhostuser.errors import OperatorError, RequestFailed, UsageError, VhostUserError
 
 MAX_FAILURES: Final = 16
-"""After so many failed ranges a copy gives up."""
+"""After so many failed ranges a copy gives up,"""
+
+MAX_FAILED: Final = 1024
+"""and after so many blocks that were tried one by one: storage that fails everywhere takes very long to say so."""
 
 LOCAL: Final = frozenset({errno.EIO, errno.ENODATA, errno.EBADMSG, errno.EILSEQ})
 """Errors of storage that concern the bytes asked for, and no others."""
@@ -73,6 +76,7 @@ class Copy:
         self._reads: deque[tuple[int, int, Future[bytes]]] = deque()
         self._writes: deque[tuple[int, int, memoryview | None, Future[None]]] = deque()
         self._ended = False  # a stream, at its end
+        self._failed = 0  # blocks
 
     def run(self) -> Outcome:
         """Copy everything. Ranges that storage fails are left out and told; everything else goes on.
@@ -226,7 +230,8 @@ class Copy:
             failures.append(Failure(side.name, verb, offset, length, cause))
         if side is self._source:
             self._advanced(length)
-        if len(failures) >= MAX_FAILURES:
+        self._failed += 1
+        if len(failures) >= MAX_FAILURES or self._failed >= MAX_FAILED:
             raise GaveUp
 
     @contextmanager
