@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from tests.backend.frontend import WAIT_S, Frontend, GuestRam, GuestRing
+
+from vhostuser import BlockDevice, Server, listen, open_disk
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -85,3 +90,73 @@ def test_the_growing_disk_grows(start: Start, tmp_path: Path) -> None:
     process.stdin.close()
     assert line(process) == "the guest made 0 reads"
     assert process.wait(WAIT_S) == 0
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """An image of 4 MiB that is served, and the socket."""
+    image, path = tmp_path / "served.img", str(tmp_path / "served.sock")
+    image.write_bytes(os.urandom(4 << 20))
+    with open_disk(str(image)) as disk:
+        device = BlockDevice(disk)
+        with Server(device, listen(path)):
+            yield image, path
+        device.close()
+
+
+def ended(process: subprocess.Popen[str]) -> str:
+    """What it printed; it must end well."""
+    said, _ = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 0
+    return said
+
+
+@pytest.mark.parametrize("size", [0, 1, 512, (3 << 20) + 777, 4 << 20])
+def test_the_copy_fills_the_last_block_with_zeroes(
+    start: Start, served: tuple[Path, str], tmp_path: Path, size: int
+) -> None:
+    before, source = served[0].read_bytes(), tmp_path / "source"
+    source.write_bytes(os.urandom(size))
+    assert ended(start("copy_disk.py", str(source), served[1])) == f"{size} bytes copied\n"
+    whole = source.read_bytes() + bytes(-size % 512)
+    assert served[0].read_bytes() == whole + before[len(whole) :]
+
+
+def test_the_checksum_is_that_of_the_image(start: Start, served: tuple[Path, str]) -> None:
+    expected = hashlib.sha256(served[0].read_bytes()).hexdigest()
+    assert ended(start("checksum.py", served[1])) == f"{expected} {served[1]}\n"
+
+
+def test_the_latencies_count_every_read(start: Start, served: tuple[Path, str]) -> None:
+    lines = ended(start("latencies.py", served[1], "300")).splitlines()
+    found = [re.fullmatch(r"< +(\d+) µs +(\d+) (#*)", line) for line in lines]
+    assert all(found)
+    assert sum(int(one[2]) for one in found if one) == 300
+    assert max(len(one[3]) for one in found if one) == 60
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A directory with a short name: the path of a socket has 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="vhe-") as name:
+        yield Path(name)
+
+
+def test_the_pytest_fixture_tests_our_own_back_end_and_one_that_does_not_start(short: Path) -> None:
+    program = f"{sys.executable} -m vhostuser.cli.main serve"
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(EXAMPLES / "test_my_backend.py")]
+
+    def outcome(backend: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "BACKEND": backend}
+        return subprocess.run(
+            [*words, "--basetemp", str(short / "pytest")],
+            env=environment, cwd=short, capture_output=True, text=True, timeout=WAIT_S, check=False,
+        )  # fmt: skip
+
+    assert "2 passed" in outcome(f"{program} {{image}} --socket {{socket}}").stdout
+    assert "the back-end ended with exit code 2" in outcome(f"{program} {{image}} --no-such-option {{socket}}").stdout
+
+
+def test_no_example_is_longer_than_60_lines() -> None:
+    for path in EXAMPLES.glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 60, path.name

@@ -26,6 +26,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "frontend": ("errors", "fds", "protocol", "virtio", "transport", "_native", "frontend"),
     "disks": ("errors", "fds", "_native", "disks"),
     "blk": ("errors", "fds", "protocol", "virtio", "transport", "_native", "backend", "frontend", "disks", "blk"),
+    "copying": ("errors", "fds", "virtio", "disks", "blk", "copying"),
+    "bench": ("errors", "protocol", "virtio", "_native", "frontend", "blk", "bench"),
 }
 """Parts of this package that a part may import; `errors`, `fds` and what is pure are open to all above them."""
 
