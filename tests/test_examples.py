@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from tests.backend.frontend import WAIT_S, Frontend, GuestRam, GuestRing
 
-from vhostuser import BlockDevice, Server, listen, open_disk
+from vhostuser import BlockDevice, Server, connect, listen, open_disk
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -160,3 +160,22 @@ def test_the_pytest_fixture_tests_our_own_back_end_and_one_that_does_not_start(s
 def test_no_example_is_longer_than_60_lines() -> None:
     for path in EXAMPLES.glob("*.py"):
         assert len(path.read_text().splitlines()) <= 60, path.name
+
+
+def test_the_programs_of_the_tutorial_print_what_it_says(tmp_path: Path) -> None:
+    text = (EXAMPLES.parent / "docs" / "drive" / "tutorial.md").read_text()
+    programs = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(programs) >= 4
+    path = str(tmp_path / "disk.sock")
+    with open_disk("memory:size=64M") as disk:
+        device = BlockDevice(disk)
+        with Server(device, listen(path)):
+            with connect(path) as client, client.file() as file:
+                file.seek(4096)
+                file.write(b"hello, disk\n")
+            for program in programs:
+                expected = "".join(f"{said}\n" for said in re.findall(r"print\(.*\) +# (.*)", program))
+                words = [sys.executable, "-c", program.replace("/tmp/disk.sock", path)]
+                done = subprocess.run(words, capture_output=True, text=True, timeout=WAIT_S, check=False)
+                assert (done.stdout, done.stderr) == (expected, "")
+        device.close()
