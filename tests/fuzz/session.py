@@ -61,6 +61,7 @@ class FrontEnd:
         self._steps = 0
         self._replies = b""
         self._ended = False
+        self._given_away = False
         self.memory = self._own(os.memfd_create("fuzz"))
         os.ftruncate(self.memory, MEMORY)
         self.kick = self._own(os.eventfd(0, os.EFD_NONBLOCK))
@@ -127,14 +128,18 @@ class FrontEnd:
                 lambda: self._own(os.open("/", os.O_RDONLY)),
                 lambda: self._pipe(0),
                 lambda: self._pipe(1),
-                lambda: self._full(),
-                lambda: self._own(os.dup(self._socket.fileno())),
-                lambda: self._pair(),
-                lambda: self._file(),
-                lambda: self._sealed(),
+                self._full,
+                self._ourselves,
+                self._pair,
+                self._file,
+                self._sealed,
             )
         )
         return make()
+
+    def _ourselves(self) -> int:
+        self._given_away = True
+        return self._own(os.dup(self._socket.fileno()))
 
     def _full(self) -> int:
         fd = self._own(os.eventfd(0))
@@ -206,7 +211,10 @@ class FrontEnd:
         os.pwrite(self.memory, pack("<H", (old + choices.pick((1, 1, 1, 2, 70))) % 65536), ring + AVAIL + 2)
 
     def _look_at_replies(self) -> None:
-        """Every answer is a header with the flags of a reply and so many bytes as it says."""
+        """Every answer is a header with the flags of a reply and so many bytes as it says.
+
+        Whoever gives his own end away, as a kick or a channel, has others read from it and can expect nothing.
+        """
         while True:
             try:
                 data = self._socket.recv(65536, socket.MSG_DONTWAIT)
@@ -215,7 +223,7 @@ class FrontEnd:
             if not data:
                 break
             self._replies += data
-        while len(self._replies) >= 12:
+        while len(self._replies) >= 12 and not self._given_away:
             flags, size = (int.from_bytes(self._replies[at : at + 4], "little") for at in (4, 8))
             assert flags == 5, f"a reply has flags {flags:#x}"
             assert size <= MAX_PAYLOAD
