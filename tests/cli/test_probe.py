@@ -141,7 +141,7 @@ def test_no_socket_is_one_line(run: Run, tmp_path: Path) -> None:
     [
         (SPDK, {"libblkio"}),
         (CROSVM, {"libblkio"}),
-        (LIBVHOST_USER, {"SPDK"}),
+        (LIBVHOST_USER, {"SPDK", "crosvm"}),
         (RUST_VMM, {"SPDK"}),
         (SHORT_CONFIG, {"libblkio", "SPDK"}),
         (NO_CONFIG_RVM, EVERYBODY - {"Linux guests"}),
@@ -165,6 +165,7 @@ GOOD = Findings(
     config_bytes=60,
     refusals=(),
     largest_config=True,
+    config_by_field=True,
 )
 
 
@@ -178,6 +179,7 @@ GOOD = Findings(
             EVERYBODY - {"Linux guests"},
         ),
         (replace(GOOD, protocol_features=~ProtocolFeature.REPLY_ACK & GOOD.protocol_features), {"libblkio"}),
+        (replace(GOOD, config_by_field=False), {"crosvm"}),
         (replace(GOOD, config=VirtioBlkConfig(capacity=100, blk_size=8192)), {"Linux guests"}),
         (replace(GOOD, config=VirtioBlkConfig(capacity=100, blk_size=768)), {"Linux guests"}),
         (

@@ -77,6 +77,10 @@ NO_CAPACITY: Final = Point(
     lambda found: ProtocolFeature.CONFIG in found.protocol_features and found.config is None,
     "the back-end offers CONFIG and does not tell its configuration",
 )
+WHOLE_CONFIG: Final = Point(
+    lambda found: found.config is not None and not found.config_by_field,
+    "it reads the configuration field by field, and the back-end answers other offsets than 0 wrongly or not at all",
+)
 ABSTRACT: Final = Point(lambda found: found.abstract, "it takes the path of a socket, not an abstract name")
 ZONED: Final = Point(_host_managed, "the disk is host-managed zoned, and it does not pass that feature on to the guest")
 ONE_QUEUE: Final = Point(_lacks(ProtocolFeature.MQ), "one queue only: the back-end does not offer MQ")
@@ -123,7 +127,7 @@ HOSTS: Final = (
     ),
     Host(
         "crosvm",
-        (ABSTRACT, NO_CONFIG, NO_CAPACITY, ZONED),
+        (ABSTRACT, NO_CONFIG, NO_CAPACITY, WHOLE_CONFIG, ZONED),
         (Point(lambda found: True, "the virtual machine ends when the back-end does"), ONE_QUEUE, NO_NEWS),
     ),
     Host(

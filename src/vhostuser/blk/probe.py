@@ -19,6 +19,9 @@ from vhostuser.virtio.blk import VirtioBlkConfig, config_length
 LARGEST_CONFIG: Final = 256
 """What SPDK asks of the configuration space, always."""
 
+FIELD_OFFSET: Final = 8
+"""Where the configuration has something else than at its start: `size_max`, behind the capacity."""
+
 
 @dataclass(frozen=True, slots=True)
 class Findings:
@@ -42,6 +45,8 @@ class Findings:
     """What went wrong with the configuration, in words."""
     largest_config: bool
     """Whether it answers when asked for `LARGEST_CONFIG` bytes."""
+    config_by_field: bool
+    """Whether a piece of the configuration is what the whole has at that offset."""
 
     @property
     def speaks(self) -> bool:
@@ -68,9 +73,10 @@ def probe(endpoint: Endpoint, *, timeout_s: float = 10.0) -> Findings:
         if ProtocolFeature.STATUS in device.protocol_features:
             status = device.dialogue.number(FrontendRequest.GET_STATUS)
         features, refusals = device.features_offered, list[str]()
-        config, largest = b"", False
+        config, largest, by_field = b"", False, False
         if ProtocolFeature.CONFIG in device.protocol_features:
             config = told_config(device, features, refusals)
+            by_field = _answers_by_field(device, config, refusals)
             largest = _answers_largest(device, refusals)
         return Findings(
             socket=device.name,
@@ -83,6 +89,7 @@ def probe(endpoint: Endpoint, *, timeout_s: float = 10.0) -> Findings:
             config_bytes=len(config),
             refusals=tuple(refusals),
             largest_config=largest,
+            config_by_field=by_field,
         )
 
 
@@ -98,6 +105,18 @@ def told_config(device: HostDevice, features: int, refusals: list[str]) -> bytes
         except BackendRefused as error:
             refusals.append(str(error))
     return b""
+
+
+def _answers_by_field(device: HostDevice, config: bytes, refusals: list[str]) -> bool:
+    """libvhost-user answers any offset with the first bytes. A configuration that cannot show it gets the benefit."""
+    if not config:
+        return False
+    length = len(config) - FIELD_OFFSET
+    try:
+        return device.read_config(FIELD_OFFSET, length) == config[FIELD_OFFSET:]
+    except BackendRefused as error:
+        refusals.append(str(error))
+        return False
 
 
 def _answers_largest(device: HostDevice, refusals: list[str]) -> bool:
