@@ -76,7 +76,7 @@ test-native:
 	$(CARGO) test --quiet --locked --profile quick -p vhostuser-core
 
 guest: build packages
-	$(BIN)/pytest -m guest tests/guest
+	$(BIN)/pytest -m guest tests/guest tests/backend
 
 interop: build
 	@$(BIN)/python -m tests.guest.prepare sid || true

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from struct import Struct
 from typing import ClassVar, Self
@@ -15,17 +16,17 @@ class Violation(ProtocolError):  # noqa: N818  the name of the style guide; it i
 
 
 @dataclass(frozen=True, slots=True)
-class Payload:
+class Payload(ABC):
     """What every payload can do."""
 
+    @abstractmethod
     def pack(self) -> bytes:
         """Return the bytes on the wire. Raises `Violation` for a value that does not fit its field."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def unpack(cls, payload: bytes) -> Self:
         """Read the bytes of one whole payload. Raises `Violation` when they are not one."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
