@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 PACKAGE = SOURCE / "vhostuser"
 
 PURE_STANDARD = frozenset(
-    {"__future__", "collections", "contextlib", "dataclasses", "enum", "struct", "types", "typing", "uuid"}
+    {"__future__", "abc", "collections", "contextlib", "dataclasses", "enum", "struct", "types", "typing", "uuid"}
 )
 """Modules that reach neither sockets, descriptors, clocks, threads nor logs. `contextlib` is for `suppress`."""
 
