@@ -436,6 +436,15 @@ def test_lost_memory_ends_the_connection(device: FakeDevice, peer: Frontend, cap
     assert "guest memory was lost: its file was truncated" in caplog.text
 
 
+def test_a_worker_that_ended_ends_the_connection(
+    device: FakeDevice, peer: Frontend, caplog: pytest.LogCaptureFixture
+) -> None:
+    peer.negotiate()
+    device.fake.post("worker_failed", None, "no memory")
+    assert peer.closed_by_peer()
+    assert "a queue worker has ended: no memory" in caplog.text
+
+
 def test_storage_that_does_not_answer_in_time_refuses_a_new_memory_table(
     device: FakeDevice, peer: Frontend, ram: GuestRam
 ) -> None:

@@ -1,6 +1,6 @@
 //! Rust errors as the classes of `vhostuser.errors`.
 
-use pyo3::exceptions::{PyBlockingIOError, PyRuntimeError};
+use pyo3::exceptions::PyBlockingIOError;
 use pyo3::PyErr;
 use vhostuser_core::memory::{MemoryError, Unmapped};
 use vhostuser_core::ring::{Broken, DriverError, SetupError as RingSetupError};
@@ -11,6 +11,7 @@ pyo3::import_exception!(vhostuser.errors, GuestMemoryError);
 pyo3::import_exception!(vhostuser.errors, PeerGone);
 pyo3::import_exception!(vhostuser.errors, RemoteRingError);
 pyo3::import_exception!(vhostuser.errors, SetupError);
+pyo3::import_exception!(vhostuser.errors, VhostUserError);
 
 /// Any error of the core.
 pub(crate) enum Failure {
@@ -35,7 +36,7 @@ impl From<Failure> for PyErr {
             Failure::Setup(why) => SetupError::new_err(why),
             Failure::Queue(error @ QueueError::Setup(_)) => SetupError::new_err(error.to_string()),
             Failure::Queue(error @ QueueError::DrainTimeout) => DrainTimeout::new_err(error.to_string()),
-            Failure::Queue(error @ QueueError::WorkerGone) => PyRuntimeError::new_err(error.to_string()),
+            Failure::Queue(error @ QueueError::WorkerGone) => VhostUserError::new_err(error.to_string()),
             Failure::Driver(error @ DriverError::Full) => PyBlockingIOError::new_err(error.to_string()),
             Failure::Driver(error @ (DriverError::Chain | DriverError::Memory)) => {
                 SetupError::new_err(error.to_string())

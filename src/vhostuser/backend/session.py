@@ -12,7 +12,7 @@ import select
 import selectors
 import threading
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from vhostuser._native import GuestMemory
 from vhostuser.backend.device import ConfigNotice, Device
@@ -64,6 +64,10 @@ REFUSALS = (SetupError, GuestMemoryError, ConfigRefused, DrainTimeout, OSError)
 """What makes us refuse a message; the state is as before it."""
 
 log = logging.getLogger(__name__)
+
+
+ENDINGS: Final = {"memory_lost": "guest memory was lost", "worker_failed": "a queue worker has ended"}
+"""What happens natively that leaves nothing to serve."""
 
 
 class SessionOver(VhostUserError):  # noqa: N818  not a failure by itself
@@ -263,8 +267,8 @@ class Session:
 
     def _take_events(self) -> None:
         for event in self._device.queues.take_events():
-            if event.kind == "memory_lost":
-                raise SessionOver(f"guest memory was lost: {event.reason}")
+            if event.kind in ENDINGS:
+                raise SessionOver(f"{ENDINGS[event.kind]}: {event.reason}")
             self._log_event(event)
 
     def _log_event(self, event: Event) -> None:
