@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 
 import pytest
 from tests.backend.conftest import Serve
@@ -84,6 +85,14 @@ def test_protocol_features_need_not_be_asked_for_again_after_a_reconnect(peer: F
     peer.number(Req.GET_FEATURES)
     peer.do(Req.SET_PROTOCOL_FEATURES, U64(ProtocolFeature.REPLY_ACK | ProtocolFeature.CONFIG))
     assert peer.config(4) == bytes(range(4))
+
+
+def test_a_front_end_that_does_not_ask_is_held_to_what_is_offered_too(peer: Frontend) -> None:
+    """Postcopy, which nobody offered, would change how messages are answered."""
+    chosen = U64(ProtocolFeature.REPLY_ACK | ProtocolFeature.PAGEFAULT).pack()
+    header = b"".join(word.to_bytes(4, sys.byteorder) for word in (Req.SET_PROTOCOL_FEATURES, 1, len(chosen)))
+    peer.socket.sendall(header + chosen)
+    assert peer.closed_by_peer()
 
 
 @pytest.mark.parametrize("feature", [1 << 5, 1 << 26])

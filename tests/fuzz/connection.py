@@ -9,7 +9,18 @@ from tests.fuzz.choices import Choices
 from tests.fuzz.messages import message
 
 from vhostuser.errors import LocalProtocolError, RemoteProtocolError
-from vhostuser.protocol import U64, Connection, Message, Refused, Reply, Role, Violation, describe, rule_of
+from vhostuser.protocol import (
+    U64,
+    Connection,
+    FrontendRequest,
+    Message,
+    Refused,
+    Reply,
+    Role,
+    Violation,
+    describe,
+    rule_of,
+)
 from vhostuser.protocol.messages import identify
 
 
@@ -82,7 +93,11 @@ def settle(connection: Connection[str], event: Message[str], choices: Choices) -
     """Answers a good message; False when it has an own reply that this does not know to make."""
     reply = rule_of(event.request).under(connection.protocol_features).reply
     if reply is None:
-        connection.acknowledge(event)
+        try:
+            connection.acknowledge(event)
+        except LocalProtocolError:
+            assert event.request in (FrontendRequest.SET_MEM_TABLE, FrontendRequest.ADD_MEM_REG)
+            return False  # postcopy gave it an own reply
         return True
     if reply is U64:
         connection.answer(event, U64(choices.number(8)))

@@ -83,6 +83,7 @@ class Session:
         self._transport = transport
         self._drain_timeout_s = drain_timeout_s
         self._connection: Connection[Fd] = Connection(Role.BACKEND)
+        self._connection.offer(device.features | F_PROTOCOL_FEATURES, device.protocol_features)
         self._rings = Vrings(
             device.queues, name=device.name, max_size=device.max_queue_size, drain_timeout_s=drain_timeout_s
         )

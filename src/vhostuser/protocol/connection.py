@@ -130,6 +130,11 @@ class Connection(Generic[F]):
         self._expected: _Due | None = None  # by the peer
         self._negotiation: Final[Negotiation] = _negotiation_of(main, nested=nested)
 
+    def offer(self, features: int, protocol_features: ProtocolFeature) -> None:
+        """Say, as the back-end, what is offered, so that a front-end that does not ask is held to it, too."""
+        self._negotiation.features_offered = features
+        self._negotiation.protocol_features_offered = protocol_features
+
     @property
     def want(self) -> int:
         """How many bytes to read next: up to the end of the header or the payload. 0 once the connection is over."""
@@ -149,12 +154,12 @@ class Connection(Generic[F]):
 
     @property
     def features_offered(self) -> int | None:
-        """What GET_FEATURES answered last; None before."""
+        """What GET_FEATURES answered last, or `offer` said; None before."""
         return self._negotiation.features_offered
 
     @property
     def protocol_features_offered(self) -> ProtocolFeature | None:
-        """What GET_PROTOCOL_FEATURES answered last; None before."""
+        """What GET_PROTOCOL_FEATURES answered last, or `offer` said; None before."""
         return self._negotiation.protocol_features_offered
 
     @property
