@@ -17,7 +17,7 @@ TICK_NS = 10_000_000
 
 
 def busy_ns(pid: int) -> int:
-    """How long all threads of a process have run, in nanoseconds. Ticks would be charged by chance to a short wake-up."""
+    """How long all threads of a process have run, in nanoseconds: ticks are charged by chance to a short wake-up."""
     return sum(int((task / "schedstat").read_text().split()[0]) for task in Path(f"/proc/{pid}/task").iterdir())
 
 
