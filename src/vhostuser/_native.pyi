@@ -41,6 +41,35 @@ class GuestMemory:
         """Stores into guest memory, all or nothing."""
 
 @final
+class InflightRegion:
+    """The shared memory of in-flight tracking for split rings (vhost-user: Inflight I/O tracking), mapped.
+
+    `size` bytes of `fd` from `offset` on; parts for `num_queues` queues of up to `queue_size` entries, each of
+    16 * (queue_size + 1) bytes rounded up to 64. Raises `SetupError` for numbers that make no sense or do not fit,
+    `GuestMemoryError` when the file is too short or cannot be mapped.
+    """
+
+    def __new__(cls, fd: int, *, offset: int, size: int, num_queues: int, queue_size: int) -> Self: ...
+    @staticmethod
+    def create(num_queues: int, queue_size: int) -> InflightRegion:
+        """A region of zeroes in a sealed memfd of its own: version 0, which says that nobody has used it."""
+
+    @property
+    def fd(self) -> int:
+        """Owned by this object."""
+
+    @property
+    def offset(self) -> int: ...
+    @property
+    def size(self) -> int:
+        """Bytes that are used, from `offset` on."""
+
+    @property
+    def num_queues(self) -> int: ...
+    @property
+    def queue_size(self) -> int: ...
+
+@final
 class EngineSpec:
     """How a disk reaches its storage natively. One engine is made from it per worker."""
 
@@ -128,16 +157,22 @@ class Queues:
         kick: int | None = None,
         call: int | None = None,
         err: int | None = None,
+        inflight: InflightRegion | None = None,
     ) -> None:
         """Starts ring `index`; `desc`, `used` and `avail` are user addresses (VringAddr), `features` the negotiated
         bits.
+
+        With `inflight` its part `index` keeps what is in flight. One that was used before says where to go on, whatever
+        `base` is, and what a predecessor took and did not answer is served first; when it belongs to another ring, this
+        one starts broken and an event says why.
 
         The ring is looked at once at once. No `kick` means that it is polled. Raises `SetupError` (which says what is
         wrong: size, alignment, outside of memory, already started, unfit descriptor) and leaves the ring stopped.
         """
 
-    def stop(self, index: int, timeout_s: float = 30.0) -> int:
-        """Stops ring `index` and returns its next available index. Waits until every taken chain is used.
+    def stop(self, index: int, timeout_s: float = 30.0, *, leave: bool = False) -> int:
+        """Stops ring `index` and returns its next available index. Waits until every taken chain is used; with `leave`
+        what storage has not been given yet stays in the in-flight region instead, for whoever serves the ring next.
         A broken ring answers its base. Raises `DrainTimeout`, `SetupError` when it was not started."""
 
     def enable(self, index: int, enabled: bool) -> None:
@@ -300,12 +335,24 @@ class DeviceRing:
     """The device half of a split ring, without a worker: for who plays the device step by step. One thread at a time.
 
     `desc`, `avail` and `used` are user addresses in `memory`. The next chain is taken at `base`; the used index is what
-    the ring says. The constructor raises `SetupError`; the other methods raise `RemoteRingError` when the driver broke
-    the ring, which must not be used any more then, and `SetupError` for a head that is not in flight.
+    the ring says. With `inflight` its part `index` keeps what is in flight, and says where to go on when it was used
+    before. The constructor raises `SetupError`; the other methods, and the constructor for a region of another ring,
+    raise `RemoteRingError` when the driver broke the ring, which must not be used any more then, and `SetupError` for a
+    head that is not in flight.
     """
 
     def __new__(
-        cls, memory: GuestMemory, *, size: int, desc: int, avail: int, used: int, features: int, base: int = 0
+        cls,
+        memory: GuestMemory,
+        *,
+        size: int,
+        desc: int,
+        avail: int,
+        used: int,
+        features: int,
+        base: int = 0,
+        inflight: InflightRegion | None = None,
+        index: int = 0,
     ) -> Self: ...
     def take(self) -> tuple[int, int, int, str | None] | None:
         """The next chain: its head, the bytes of its readable and of its writable stream, and what is wrong with it

@@ -34,6 +34,7 @@ class FakeQueues:
         self._pending: list[FakeEvent] = []
         self.calls: list[Call] = []
         self.started: dict[int, int] = {}
+        self.inflight: dict[int, object] = {}
         self.refuse_start: str | None = None
         self.stuck = False
         self.looks = 0
@@ -52,7 +53,7 @@ class FakeQueues:
 
     def start(
         self, index: int, *, size: int, desc: int, used: int, avail: int, base: int, features: int, enabled: bool,
-        kick: int | None = None, call: int | None = None, err: int | None = None,
+        kick: int | None = None, call: int | None = None, err: int | None = None, inflight: object = None,
     ) -> None:  # fmt: skip
         if index in self.started:
             raise SetupError(f"ring {index} is started already")
@@ -66,8 +67,9 @@ class FakeQueues:
             letter if fd is not None else "-" for letter, fd in (("k", kick), ("c", call), ("e", err))
         )
         self.calls.append(("start", index, size, base, features, enabled, descriptors))
+        self.inflight[index] = inflight
 
-    def stop(self, index: int, timeout_s: float = 30.0) -> int:
+    def stop(self, index: int, timeout_s: float = 30.0, *, leave: bool = False) -> int:
         if self.stuck:
             raise DrainTimeout("a write is still under way")
         self.calls.append(("stop", index))

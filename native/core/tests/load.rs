@@ -13,7 +13,7 @@ use vhostuser_core::disk::{Faults, Spec};
 use vhostuser_core::load::{self, LoadError, LoadResult, LoadSpec, Place};
 use vhostuser_core::memory::GuestSlice;
 use vhostuser_core::ring::RingSetup;
-use vhostuser_core::worker::Notifiers;
+use vhostuser_core::worker::{Notifiers, StopMode};
 
 const DATA: usize = 16 << 20;
 
@@ -45,11 +45,11 @@ fn run(host: &mut Host, features: u64, spec: LoadSpec) -> Result<LoadResult, Loa
 
     let notifiers =
         Notifiers { kick: Some(kick.try_clone().unwrap()), call: Some(call.try_clone().unwrap()), err: None };
-    host.queues.start(0, setup, true, notifiers).unwrap();
+    host.queues.start(0, setup, true, notifiers, None).unwrap();
     let data = GuestSlice::new(Arc::clone(&host.map), DATA, 16 * 4096).unwrap();
     let place = Place { data, addr: GUEST + DATA as u64 };
     let result = load::run(&mut queue, &place, kick.as_fd(), call.as_fd(), &AtomicBool::new(false), spec);
-    host.queues.stop(0, LIMIT).unwrap();
+    host.queues.stop(0, StopMode::Finish, LIMIT).unwrap();
     result
 }
 

@@ -8,6 +8,7 @@ use vhostuser_core::memory as core_memory;
 use vhostuser_core::ring::{self as core, Chain, Fault, RingSetup};
 
 use crate::error::{Failure, Fallible};
+use crate::inflight::InflightRegion;
 use crate::memory::GuestMemory;
 
 /// Head, bytes to read, bytes of room, and what is wrong with the chain.
@@ -52,7 +53,8 @@ fn name(fault: Fault) -> &'static str {
 #[pymethods]
 impl DeviceRing {
     #[new]
-    #[pyo3(signature = (memory, *, size, desc, avail, used, features, base = 0))]
+    #[pyo3(signature = (memory, *, size, desc, avail, used, features, base = 0, inflight = None, index = 0))]
+    #[allow(clippy::too_many_arguments)] // keyword arguments of the Python side
     fn new(
         memory: &GuestMemory,
         size: u16,
@@ -61,10 +63,15 @@ impl DeviceRing {
         used: u64,
         features: u64,
         base: u16,
+        inflight: Option<&InflightRegion>,
+        index: u16,
     ) -> Fallible<Self> {
         let memory = Arc::clone(&memory.0);
         let setup = RingSetup { size, desc, avail, used, base, features };
-        let ring = core::DeviceRing::new(setup, &memory)?;
+        let mut ring = core::DeviceRing::new(setup, &memory)?;
+        if let Some(region) = inflight {
+            ring.track(region.0.queue(index, size)?)?;
+        }
         let taken = (0..size).map(|_| None).collect();
         Ok(Self { state: Mutex::new(State { ring, taken, spare: Vec::new() }), memory })
     }

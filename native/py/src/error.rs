@@ -2,6 +2,7 @@
 
 use pyo3::exceptions::PyBlockingIOError;
 use pyo3::PyErr;
+use vhostuser_core::memory::inflight::InflightError;
 use vhostuser_core::memory::{MemoryError, Unmapped};
 use vhostuser_core::ring::{Broken, DriverError, SetupError as RingSetupError};
 use vhostuser_core::worker::QueueError;
@@ -56,6 +57,15 @@ impl From<std::io::Error> for Failure {
 impl From<MemoryError> for Failure {
     fn from(error: MemoryError) -> Self {
         Self::Memory(error.to_string())
+    }
+}
+
+impl From<InflightError> for Failure {
+    fn from(error: InflightError) -> Self {
+        match error {
+            InflightError::Shape(_) => Self::Setup(error.to_string()),
+            InflightError::Io(_) => Self::Memory(error.to_string()),
+        }
     }
 }
 

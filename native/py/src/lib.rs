@@ -9,6 +9,7 @@ mod device;
 mod driver;
 mod engine;
 mod error;
+mod inflight;
 mod memory;
 mod queues;
 
@@ -18,6 +19,7 @@ use pyo3::prelude::*;
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<memory::GuestMemory>()?;
+    module.add_class::<inflight::InflightRegion>()?;
     module.add_class::<engine::EngineSpec>()?;
     module.add_class::<queues::Event>()?;
     module.add_class::<queues::Queues>()?;

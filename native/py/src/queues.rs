@@ -9,10 +9,11 @@ use pyo3::prelude::*;
 use vhostuser_core::blk::{BlkServe, BlkShared, Limits};
 use vhostuser_core::ring::RingSetup;
 use vhostuser_core::sys::fd::duplicate;
-use vhostuser_core::worker::{self as core, EventKind, Events, Notifiers, QueueStats, COUNTERS};
+use vhostuser_core::worker::{self as core, EventKind, Events, Notifiers, QueueStats, StopMode, COUNTERS};
 
 use crate::engine::EngineSpec;
 use crate::error::{Failure, Fallible};
+use crate::inflight::InflightRegion;
 use crate::memory::GuestMemory;
 
 /// Something a worker wants its session to know.
@@ -74,7 +75,8 @@ impl Queues {
         Ok(py.detach(|| self.lock().set_memory(memory, limit)).map_err(Failure::from)?)
     }
 
-    #[pyo3(signature = (index, *, size, desc, used, avail, base, features, enabled, kick = None, call = None, err = None))]
+    #[pyo3(signature = (index, *, size, desc, used, avail, base, features, enabled, kick = None, call = None, err = None,
+        inflight = None))]
     #[allow(clippy::too_many_arguments)] // keyword arguments of the Python side
     fn start(
         &self,
@@ -90,18 +92,21 @@ impl Queues {
         kick: Option<i32>,
         call: Option<i32>,
         err: Option<i32>,
+        inflight: Option<&InflightRegion>,
     ) -> Fallible<()> {
         let notifiers = Notifiers { kick: optional(kick)?, call: optional(call)?, err: optional(err)? };
         let (size, base) = (small("queue size", size)?, small("base", base)?);
         let setup = RingSetup { size, desc, avail, used, base, features };
         let index = small("queue", index)?;
-        Ok(py.detach(|| self.lock().start(index, setup, enabled, notifiers))?)
+        let inflight = inflight.map(|region| &region.0);
+        Ok(py.detach(|| self.lock().start(index, setup, enabled, notifiers, inflight))?)
     }
 
-    #[pyo3(signature = (index, timeout_s = 30.0))]
-    fn stop(&self, py: Python<'_>, index: u64, timeout_s: f64) -> PyResult<u16> {
+    #[pyo3(signature = (index, timeout_s = 30.0, *, leave = false))]
+    fn stop(&self, py: Python<'_>, index: u64, timeout_s: f64, leave: bool) -> PyResult<u16> {
         let (index, limit) = (small("queue", index)?, timeout(timeout_s)?);
-        Ok(py.detach(|| self.lock().stop(index, limit)).map_err(Failure::from)?)
+        let mode = if leave { StopMode::Leave } else { StopMode::Finish };
+        Ok(py.detach(|| self.lock().stop(index, mode, limit)).map_err(Failure::from)?)
     }
 
     fn enable(&self, py: Python<'_>, index: u64, enabled: bool) -> Fallible<()> {

@@ -21,6 +21,7 @@ PROTOCOL_FEATURES: Final = (
     | ProtocolFeature.CONFIG
     | ProtocolFeature.BACKEND_SEND_FD
     | ProtocolFeature.RESET_DEVICE
+    | ProtocolFeature.INFLIGHT_SHMFD
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
 )

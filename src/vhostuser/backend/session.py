@@ -12,9 +12,10 @@ import select
 import selectors
 import threading
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from vhostuser._native import GuestMemory
+from vhostuser._native import GuestMemory, InflightRegion
 from vhostuser.backend.device import ConfigNotice, Device
 from vhostuser.backend.hints import SHARE_HINT, SharingCheck
 from vhostuser.backend.news import News
@@ -28,12 +29,14 @@ from vhostuser.errors import (
     SetupError,
     VhostUserError,
 )
+from vhostuser.fds import Fd
 from vhostuser.protocol import (
     F_PROTOCOL_FEATURES,
     U64,
     Config,
     Connection,
     FrontendRequest,
+    Inflight,
     MemoryRegion,
     MemoryTable,
     Message,
@@ -52,7 +55,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vhostuser._native import Event
-    from vhostuser.fds import Fd
     from vhostuser.transport import Transport
 
 Req = FrontendRequest
@@ -167,7 +169,11 @@ class Session:
             self._refuse(message, str(error))
         else:
             if reply is not None:
-                self._transport.send(*self._connection.answer(message, reply))
+                payload, fds = reply
+                with ExitStack() as ours:
+                    for fd in fds:
+                        ours.enter_context(fd)
+                    self._transport.send(*self._connection.answer(message, payload, fds))
             elif (ack := self._connection.acknowledge(message)) is not None:
                 self._transport.send(*ack)
         finally:
@@ -184,8 +190,18 @@ class Session:
         log.warning("%s: %s", self._device.name, reason)
         self._transport.send(*nack)
 
-    def _carry_out(self, message: Message[Fd]) -> Payload | None:
-        """Do what ``message`` says and return its own reply, or None where an acknowledgement is all there is."""
+    def _carry_out(self, message: Message[Fd]) -> tuple[Payload, tuple[Fd, ...]] | None:
+        """Do what ``message`` says and return its own reply, or None where an acknowledgement is all there is.
+
+        Descriptors of the reply are the caller's to close.
+        """
+        match message:
+            case Message(Req.GET_INFLIGHT_FD, Inflight() as wanted):
+                return self._make_inflight(wanted)
+        reply = self._obey(message)
+        return None if reply is None else (reply, ())
+
+    def _obey(self, message: Message[Fd]) -> Payload | None:
         device, rings = self._device, self._rings
         match message:
             case Message(Req.GET_FEATURES):
@@ -227,6 +243,10 @@ class Session:
                 rings.set_enable(index, bool(num))
             case Message(Req.GET_VRING_BASE, VringState(index)):
                 return VringState(index, rings.get_base(index))
+            case Message(Req.SET_INFLIGHT_FD, Inflight(size, offset, num_queues, queue_size), (fd,)):
+                rings.inflight = InflightRegion(
+                    fd.fileno(), offset=offset, size=size, num_queues=num_queues, queue_size=queue_size
+                )
             case Message(Req.SET_BACKEND_REQ_FD, _, (fd,)):
                 self._news.open(fd.duplicate())
             case Message(Req.GET_CONFIG, Config(offset, size, flags)):
@@ -245,6 +265,13 @@ class Session:
             case _:
                 self._ignore(message)
         return None
+
+    def _make_inflight(self, wanted: Inflight) -> tuple[Payload, tuple[Fd, ...]]:
+        """GET_INFLIGHT_FD: a region of zeroes. The front-end keeps it, and says with SET_INFLIGHT_FD when to use it."""
+        if wanted.num_queues > self._device.num_queues or wanted.queue_size > self._device.max_queue_size:
+            raise SetupError(f"{wanted.num_queues} queues of {wanted.queue_size} are more than the device has")
+        region = InflightRegion.create(wanted.num_queues, wanted.queue_size)
+        return replace(wanted, mmap_size=region.size, mmap_offset=0), (Fd(os.dup(region.fd)),)
 
     def _ignore(self, message: Message[Fd]) -> None:
         """A request that is in no specification we know: the peer is told when it asked, and may go on in any case."""

@@ -13,7 +13,7 @@ from vhostuser.errors import DrainTimeout, SetupError
 from vhostuser.protocol import F_PROTOCOL_FEATURES
 
 if TYPE_CHECKING:
-    from vhostuser._native import Queues
+    from vhostuser._native import InflightRegion, Queues
     from vhostuser.fds import Fd
     from vhostuser.protocol import VringAddr
 
@@ -40,6 +40,8 @@ class Vrings:
         self._running: set[int] = set()
         self._enable_seen = False
         self.memory = GuestMemory()
+        self.inflight: InflightRegion | None = None
+        """Where rings that start from now on keep what is in flight."""
         self.features = 0
         """The bits of the last SET_FEATURES, virtio's and the protocol's."""
 
@@ -177,6 +179,7 @@ class Vrings:
             self._states[index] = self._states[index].after(RingEvent.RESET)
             self._forget_kick(index, 0)
             self._plans[index] = plan.reset()
+        self.inflight = None  # it belongs to the rings that were; QEMU gets another one, too
 
     def rest(self) -> None:
         """Let every ring take nothing more; what was taken still completes. Does not wait."""
@@ -184,13 +187,17 @@ class Vrings:
             self._queues.enable(index, False)
 
     def drain(self, timeout_s: float) -> None:
-        """Stop every ring, and let go of the memory. Raises `DrainTimeout`; may be called again then."""
+        """Stop every ring, and let go of the memory. Raises `DrainTimeout`; may be called again then.
+
+        What storage has not been given yet is left in the in-flight region, if there is one.
+        """
         deadline = time.monotonic() + timeout_s
         self.rest()
         for index in sorted(self._running):
-            self._stop(index, max(0.0, deadline - time.monotonic()))
+            self._stop(index, max(0.0, deadline - time.monotonic()), leave=True)
         self._queues.set_memory(GuestMemory(), max(0.0, deadline - time.monotonic()))
         self.memory = GuestMemory()
+        self.inflight = None
 
     def close(self) -> None:
         """Close every descriptor kept here. The rings must have been drained, or given up."""
@@ -243,13 +250,14 @@ class Vrings:
             kick=plan.kick.fileno() if plan.kick is not None else None,
             call=plan.call.fileno() if plan.call is not None else None,
             err=plan.err.fileno() if plan.err is not None else None,
+            inflight=self.inflight,
         )
         self._running.add(index)
         self._states[index] = state
 
-    def _stop(self, index: int, timeout_s: float) -> int:
+    def _stop(self, index: int, timeout_s: float, *, leave: bool = False) -> int:
         try:
-            base = self._queues.stop(index, timeout_s)
+            base = self._queues.stop(index, timeout_s, leave=leave)
         except DrainTimeout as error:
             raise DrainTimeout(f"ring {index} still waits for storage after {timeout_s:.0f} s: {error}") from error
         self._running.discard(index)

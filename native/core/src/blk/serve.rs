@@ -234,6 +234,7 @@ impl BlkServe {
     /// Answers at once, without storage.
     fn answer(status: IoVec, code: u8, kind: RequestType, data: u32, room: u64) -> Begun {
         status.copy_from(&[code]);
+        step!("status");
         let written = if u64::from(data) == room { data + 1 } else { data };
         Begun::Done(Outcome { written, kind, bytes: 0, failed: code != S_OK, bounced: false })
     }
@@ -243,6 +244,7 @@ impl Slot {
     /// Writes the status byte.
     fn outcome(&self) -> Outcome {
         self.status.copy_from(&[self.code]);
+        step!("status");
         let ok = self.code == S_OK;
         let written = self.written[usize::from(!ok)];
         Outcome { written, kind: self.kind, bytes: if ok { self.bytes } else { 0 }, failed: !ok, bounced: self.bounced }

@@ -1,11 +1,13 @@
 //! Guest memory: mapping it, finding bytes in it, reading and writing them while the guest does so too.
 #![allow(unsafe_code)]
 
+pub mod inflight;
 mod iovec;
 mod mapping;
 mod slice;
 mod space;
 
+pub use inflight::{InflightQueue, InflightRegion};
 pub use iovec::IoVec;
 pub use mapping::Mapping;
 pub use slice::{GuestSlice, OutOfBounds};

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering};
 use std::sync::Arc;
 
 use super::{IoVec, Mapping};
@@ -80,6 +80,23 @@ impl GuestSlice {
             return Err(OutOfBounds);
         }
         Ok(at)
+    }
+
+    /// Loads the byte at `offset`.
+    #[inline]
+    pub fn load_u8(&self, offset: usize) -> Result<u8, OutOfBounds> {
+        let at = self.at::<AtomicU8>(offset)?;
+        // SAFETY: in bounds (`at`), mapped (`self.map`); an atomic may race with the guest.
+        Ok(unsafe { at.as_ref() }.load(Ordering::Relaxed))
+    }
+
+    /// Stores the byte at `offset`, ordered after earlier writes.
+    #[inline]
+    pub fn store_u8(&self, offset: usize, value: u8) -> Result<(), OutOfBounds> {
+        let at = self.at::<AtomicU8>(offset)?;
+        // SAFETY: as in `load_u8`.
+        unsafe { at.as_ref() }.store(value, Ordering::Release);
+        Ok(())
     }
 
     /// Loads the `u16` at byte `offset`, ordered before later reads.

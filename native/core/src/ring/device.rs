@@ -1,8 +1,21 @@
 //! The device half of a split ring: take chains, give them back, decide who must be notified.
 
-use super::{feature, index, layout, Areas, Broken, Chain, RingSetup, SetupError};
-use crate::memory::GuestMemory;
+use std::collections::VecDeque;
 use std::sync::atomic::{fence, Ordering};
+
+use super::{feature, index, layout, Areas, Broken, Chain, RingSetup, SetupError};
+use crate::memory::inflight::Left;
+use crate::memory::{GuestMemory, InflightQueue};
+
+/// What a ring keeps of its in-flight region.
+#[derive(Debug)]
+struct Tracking {
+    region: InflightQueue,
+    /// Heads that a predecessor took: they come before any new one.
+    replay: VecDeque<u16>,
+    /// Heads given back since the last `publish`.
+    batch: Vec<u16>,
+}
 
 /// A started ring, seen from the device. Owned by one worker.
 ///
@@ -25,6 +38,7 @@ pub struct DeviceRing {
     indirect: bool,
     notify_on_empty: bool,
     suppressing: bool,
+    tracking: Option<Tracking>,
 }
 
 impl DeviceRing {
@@ -44,9 +58,44 @@ impl DeviceRing {
             indirect: setup.features & feature::INDIRECT_DESC != 0,
             notify_on_empty: setup.features & feature::NOTIFY_ON_EMPTY != 0,
             suppressing: false,
+            tracking: None,
             areas,
             setup,
         })
+    }
+
+    /// Keeps track of what is in flight in `region` from now on, and goes on where that says a predecessor stopped; a
+    /// region that nobody has used changes nothing. True when there was a predecessor: its last notification may not
+    /// have been sent. For a ring from which nothing was taken yet.
+    pub fn track(&mut self, mut region: InflightQueue) -> Result<bool, Broken> {
+        let available = index::ahead(self.areas.avail.load_u16(layout::IDX)?, self.published);
+        let left = region.take_over(self.published, available)?.map_err(Broken::Stale)?;
+        let batch = Vec::with_capacity(usize::from(self.areas.size));
+        let (replay, recovered) = match left {
+            Left::Nothing => (VecDeque::new(), false),
+            Left::Heads(heads) => {
+                self.next_avail = self.published.wrapping_add(heads.len() as u16);
+                self.seen_avail = self.next_avail;
+                (heads.into(), true)
+            }
+        };
+        self.tracking = Some(Tracking { region, replay, batch });
+        Ok(recovered)
+    }
+
+    /// Whether what is in flight is kept where a successor finds it.
+    pub fn tracked(&self) -> bool {
+        self.tracking.is_some()
+    }
+
+    /// Chains of a predecessor that are still to be taken.
+    pub fn to_replay(&self) -> usize {
+        self.tracking.as_ref().map_or(0, |tracking| tracking.replay.len())
+    }
+
+    /// Whether the in-flight region was taken away by the peer.
+    pub fn tracking_lost(&self) -> bool {
+        self.tracking.as_ref().is_some_and(|tracking| tracking.region.poisoned())
     }
 
     /// Finds the areas again in another table. No chain may be in flight.
@@ -78,6 +127,9 @@ impl DeviceRing {
     /// Whether there is a chain to take. Reads the driver's index only when what it last said is used up.
     #[inline]
     pub fn has_available(&mut self) -> Result<bool, Broken> {
+        if self.to_replay() > 0 {
+            return Ok(true);
+        }
         if self.seen_avail == self.next_avail {
             let seen = self.areas.avail.load_u16(layout::IDX)?;
             if index::ahead(seen, self.next_avail) > self.areas.size {
@@ -91,6 +143,10 @@ impl DeviceRing {
     /// Takes the next chain; false when there is none.
     #[inline]
     pub fn take(&mut self, memory: &GuestMemory, chain: &mut Chain) -> Result<bool, Broken> {
+        if let Some(head) = self.tracking.as_mut().and_then(|tracking| tracking.replay.pop_front()) {
+            self.begin(head, memory, chain)?;
+            return Ok(true);
+        }
         if !self.has_available()? {
             return Ok(false);
         }
@@ -99,6 +155,18 @@ impl DeviceRing {
         if head >= self.areas.size {
             return Err(Broken::Head { head });
         }
+        self.begin(head, memory, chain)?;
+        step!("taken");
+        if let Some(tracking) = &mut self.tracking {
+            tracking.region.mark(head)?;
+            step!("marked");
+        }
+        self.next_avail = self.next_avail.wrapping_add(1);
+        Ok(true)
+    }
+
+    #[inline]
+    fn begin(&mut self, head: u16, memory: &GuestMemory, chain: &mut Chain) -> Result<(), Broken> {
         let (word, bit) = (usize::from(head / 64), 1u64 << (head % 64));
         if self.taken[word] & bit != 0 {
             return Err(Broken::HeadTwice { head });
@@ -106,8 +174,7 @@ impl DeviceRing {
         chain.walk(head, &self.areas, memory, self.indirect)?;
         self.taken[word] |= bit;
         self.in_flight += 1;
-        self.next_avail = self.next_avail.wrapping_add(1);
-        Ok(true)
+        Ok(())
     }
 
     /// Writes the used entry of a chain that was taken; the driver does not see it yet.
@@ -115,9 +182,15 @@ impl DeviceRing {
     pub fn push(&mut self, head: u16, written: u32) -> Result<(), Broken> {
         let (word, bit) = (usize::from(head / 64), 1u64 << (head % 64));
         debug_assert!(self.taken[word] & bit != 0, "head {head} is not in flight");
+        if let Some(tracking) = &mut self.tracking {
+            tracking.region.link(head)?;
+            tracking.batch.push(head);
+            step!("linked");
+        }
         let entry = layout::used_entry(self.areas.slot(self.next_used));
         self.areas.used.store_u32(entry, u32::from(head))?;
         self.areas.used.store_u32(entry + 4, written)?;
+        step!("pushed");
         self.taken[word] &= !bit;
         self.in_flight -= 1;
         self.next_used = self.next_used.wrapping_add(1);
@@ -132,8 +205,15 @@ impl DeviceRing {
         }
         self.areas.used.store_u16(layout::IDX, self.next_used)?;
         self.published = self.next_used;
+        step!("used_idx");
+        if let Some(Tracking { region, batch, .. }) = &mut self.tracking {
+            region.clear(batch, self.published)?;
+            batch.clear();
+            step!("region_idx");
+        }
         // The driver's wish is read after our index is visible: it stores its wish and then reads our index.
         fence(Ordering::SeqCst);
+        step!("fenced");
         let new = self.published;
         let old = self.signalled.replace(new);
         if self.notify_on_empty && self.in_flight == 0 && !self.has_available()? {

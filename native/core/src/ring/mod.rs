@@ -18,6 +18,7 @@ pub use split::{Areas, RingSetup, SetupError};
 
 use std::fmt;
 
+use crate::memory::inflight::Stale;
 use crate::memory::OutOfBounds;
 
 /// Feature bits that change how a ring works (virtio: Reserved Feature Bits).
@@ -52,6 +53,8 @@ pub enum Broken {
     IndirectLength { head: u16, len: u32 },
     /// The ring's own memory cannot be reached any more.
     Memory,
+    /// What the in-flight region says cannot be.
+    Stale(Stale),
 }
 
 impl fmt::Display for Broken {
@@ -73,6 +76,7 @@ impl fmt::Display for Broken {
                 write!(f, "the chain at head {head} has an indirect table of {len} bytes")
             }
             Self::Memory => f.write_str("the ring lies outside of guest memory"),
+            Self::Stale(stale) => stale.fmt(f),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::served::Served;
+use super::served::{Served, Stopping};
 use super::Reply;
 use crate::memory::GuestMemory;
 use crate::sys::eventfd::EventFd;
@@ -13,7 +13,7 @@ use crate::sys::eventfd::EventFd;
 #[derive(Debug)]
 pub(super) enum Command {
     Start(u16, Box<Served>),
-    Stop(u16, Reply<u16>),
+    Stop(u16, Stopping),
     Enable(u16, bool, Reply<()>),
     Kick(u16, Option<OwnedFd>),
     Call(u16, Option<OwnedFd>),

@@ -12,10 +12,12 @@ mod stats;
 
 pub use events::{Event, EventKind, Events};
 pub use queues::{Notifiers, QueueError, Queues, Waker};
+pub use served::StopMode;
 pub use stats::{QueueStats, COUNTERS};
 
 use std::sync::mpsc::SyncSender;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::blk::RequestType;
 use crate::disk::Engine;
@@ -88,6 +90,17 @@ pub trait Serve {
 
     /// Chains begun and not finished.
     fn pending(&self) -> usize;
+
+    /// Whether another chain may be taken now. One that is not stays in its ring.
+    #[inline]
+    fn admits(&mut self) -> bool {
+        true
+    }
+
+    /// How long the worker may sleep at most, for what happens without a descriptor: `None` for as long as it likes.
+    fn patience(&mut self) -> Option<Duration> {
+        None
+    }
 
     /// True once after a system call met memory that cannot be touched.
     fn memory_fault(&mut self) -> bool;

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use super::mailbox::{Command, Mailbox};
 use super::run::Worker;
-use super::served::{Kicks, Served};
+use super::served::{Kicks, Served, StopMode, Stopping};
 use super::{Events, QueueStats, Reply, Serve};
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, InflightRegion};
 use crate::ring::{DeviceRing, RingSetup, SetupError};
 use crate::sys::eventfd::{classify, FdKind};
 use crate::sys::thread;
@@ -198,22 +198,29 @@ impl Queues {
     }
 
     /// Starts a ring: looked at once at once.
+    ///
+    /// With an in-flight region it goes on where a predecessor stopped, whatever the base of `setup`; when that region
+    /// belongs to another ring it starts broken.
     pub fn start(
         &mut self,
         index: u16,
         setup: RingSetup,
         enabled: bool,
         notifiers: Notifiers,
+        inflight: Option<&InflightRegion>,
     ) -> Result<(), QueueError> {
         let (mailbox, at) = self.place(index)?;
         if self.started[usize::from(index)] {
             return refuse(format!("queue {index} is started already"));
         }
         check_notifiers(&notifiers)?;
-        let ring = DeviceRing::new(setup, &self.memory)?;
+        let mut ring = DeviceRing::new(setup, &self.memory)?;
+        let part = inflight.map(|region| region.queue(index, setup.size)).transpose();
+        let part = part.map_err(|error| SetupError::Other(error.to_string()))?;
+        let recovered = part.map_or(Ok(false), |part| ring.track(part));
         let stats = Arc::clone(&self.stats[usize::from(index)]);
         let Notifiers { kick, call, err } = notifiers;
-        let served = Served {
+        let mut served = Served {
             index,
             ring,
             features: setup.features,
@@ -227,16 +234,22 @@ impl Queues {
             started: stats.restart(setup.size),
             stats,
         };
+        match recovered {
+            Ok(false) => {}
+            // Whoever served it before may have died just before it told the driver.
+            Ok(true) => served.notify(),
+            Err(broken) => served.break_ring(broken, &self.events),
+        }
         mailbox.post(Command::Start(at, Box::new(served)));
         self.started[usize::from(index)] = true;
         Ok(())
     }
 
-    /// Stops a ring and returns its next available index, once every taken chain is used.
-    pub fn stop(&mut self, index: u16, timeout: Duration) -> Result<u16, QueueError> {
+    /// Stops a ring and returns its next available index, once every taken chain is used or left, as `mode` says.
+    pub fn stop(&mut self, index: u16, mode: StopMode, timeout: Duration) -> Result<u16, QueueError> {
         let (mailbox, at) = self.started_place(index)?;
         let (sender, receiver) = sync_channel(1);
-        mailbox.post(Command::Stop(at, Reply(sender)));
+        mailbox.post(Command::Stop(at, Stopping { mode, reply: Reply(sender) }));
         let base = wait(&receiver, Instant::now() + timeout)?;
         self.started[usize::from(index)] = false;
         Ok(base)

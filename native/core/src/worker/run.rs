@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::mailbox::{Command, Mailbox};
 use super::served::{Kicks, Served};
-use super::stats::{now_ns, Counter};
+use super::stats::now_ns;
 use super::{Begun, EventKind, Events, Finished, Reply, Serve};
 use crate::disk::Engine;
 use crate::memory::GuestMemory;
@@ -99,7 +99,9 @@ impl<S: Serve> Worker<S> {
             }
         }
         self.serve.engine().kick()?;
+        step!("submitted");
         self.serve.finish_batch(&mut self.finished);
+        step!("reaped");
         busy |= !self.finished.is_empty();
         for finished in self.finished.drain(..) {
             if let Some(served) = &mut self.rings[usize::from(finished.ring)] {
@@ -121,11 +123,14 @@ impl<S: Serve> Worker<S> {
 
     fn take_from(&mut self, at: usize) -> bool {
         let Some(served) = &mut self.rings[at] else { return false };
-        if !served.runs() {
+        if !served.runs() && !served.finishes() {
             return false;
         }
         let mut now = 0;
         for taken in 0..BUDGET {
+            if !served.runs() && !served.finishes() || !self.serve.admits() {
+                return taken > 0;
+            }
             match served.ring.take(&self.memory, &mut self.chain) {
                 Ok(false) => return taken > 0,
                 Err(broken) => {
@@ -145,13 +150,15 @@ impl<S: Serve> Worker<S> {
                 Begun::Done(outcome) => served.give_back(head, &outcome, &self.events),
                 Begun::Pending => served.taken(head, now),
             }
+            step!("begun");
         }
         true
     }
 
     /// A peer took memory away: its rings hold zeroes now. None is served until it is set up anew.
     fn check_memory(&mut self) {
-        if self.memory_lost || !self.memory.check() {
+        let tracking_lost = self.rings.iter().flatten().any(|served| served.ring.tracking_lost());
+        if self.memory_lost || !(self.memory.check() || tracking_lost) {
             return;
         }
         self.memory_lost = true;
@@ -165,13 +172,12 @@ impl<S: Serve> Worker<S> {
         for command in self.mailbox.take() {
             match command {
                 Command::Start(at, served) => {
-                    served.stats.set(Counter::Broken, 0);
                     self.rings[usize::from(at)] = Some(*served);
                     self.watch(at);
                 }
-                Command::Stop(at, reply) => {
+                Command::Stop(at, stopping) => {
                     if let Some(served) = &mut self.rings[usize::from(at)] {
-                        served.stopping = Some(reply);
+                        served.stopping = Some(stopping);
                     }
                 }
                 Command::Enable(at, enabled, reply) => {
@@ -208,17 +214,16 @@ impl<S: Serve> Worker<S> {
     /// Answers who waits for operations to end: a stopping ring, a change of memory.
     fn settle(&mut self) {
         for at in 0..self.rings.len() {
-            let drained = self.rings[at].as_ref().is_some_and(|s| s.stopping.is_some() && s.ring.in_flight() == 0);
-            if drained {
+            if self.rings[at].as_ref().is_some_and(Served::has_stopped) {
                 self.unwatch(at as u16);
                 if let Some(mut served) = self.rings[at].take() {
                     // The driver kicks whoever comes next.
                     let _ = served.ring.enable_kicks();
-                    let (base, reply) = (served.ring.base(), served.stopping.take());
+                    let (base, stopping) = (served.ring.base(), served.stopping.take());
                     // Whoever waited finds its descriptors closed and the memory let go.
                     drop(served);
-                    if let Some(reply) = reply {
-                        reply.send(base);
+                    if let Some(stopping) = stopping {
+                        stopping.reply.send(base);
                     }
                 }
             }
@@ -257,7 +262,8 @@ impl<S: Serve> Worker<S> {
     }
 
     fn sleep(&mut self) -> std::io::Result<()> {
-        let timeout = self.rings.iter().flatten().any(Served::polled).then_some(POLL_INTERVAL);
+        let polls = self.rings.iter().flatten().any(Served::polled).then_some(POLL_INTERVAL);
+        let timeout = [polls, self.serve.patience()].into_iter().flatten().min();
         self.ready.clear();
         self.serve.engine().wait(timeout, &mut self.ready)?;
         for &token in &self.ready {

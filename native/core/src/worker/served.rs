@@ -20,6 +20,23 @@ pub(super) enum Kicks {
     Silent,
 }
 
+/// How a ring stops. Either way nothing new is taken, and what storage has is waited for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum StopMode {
+    /// Everything that was ever taken completes, by a predecessor too: the driver's requests are all answered.
+    #[default]
+    Finish,
+    /// What storage has not been given yet stays in the in-flight region, for whoever serves the ring next.
+    Leave,
+}
+
+/// Who waits for a ring to stop, and how it stops.
+#[derive(Debug)]
+pub(super) struct Stopping {
+    pub(super) mode: StopMode,
+    pub(super) reply: Reply<u16>,
+}
+
 /// A started ring.
 #[derive(Debug)]
 pub(super) struct Served {
@@ -30,7 +47,7 @@ pub(super) struct Served {
     pub(super) enabled: bool,
     pub(super) broken: bool,
     /// Set while GET_VRING_BASE waits for the last chain.
-    pub(super) stopping: Option<Reply<u16>>,
+    pub(super) stopping: Option<Stopping>,
     pub(super) kick: Option<OwnedFd>,
     pub(super) call: Option<OwnedFd>,
     pub(super) err: Option<OwnedFd>,
@@ -40,10 +57,20 @@ pub(super) struct Served {
 }
 
 impl Served {
-    /// Whether chains are taken from it.
+    /// Whether new chains are taken from it.
     #[inline]
     pub(super) fn runs(&self) -> bool {
         self.enabled && !self.broken && self.stopping.is_none()
+    }
+
+    /// Whether it stops, and a predecessor's chains have to be answered first.
+    pub(super) fn finishes(&self) -> bool {
+        !self.broken && self.ring.to_replay() > 0 && self.stopping.as_ref().is_some_and(|s| s.mode == StopMode::Finish)
+    }
+
+    /// Whether it is to stop and nothing is left to wait for.
+    pub(super) fn has_stopped(&self) -> bool {
+        self.stopping.is_some() && self.ring.in_flight() == 0 && !self.finishes()
     }
 
     /// Whether it must be looked at without being told.
@@ -90,6 +117,7 @@ impl Served {
         let Some(call) = &self.call else { return };
         // A full descriptor has been signalled already; a closed pipe has nobody behind it.
         let _ = eventfd::signal(call.as_fd());
+        step!("notified");
         self.stats.add(Counter::NotificationsSent, 1);
     }
 

@@ -120,7 +120,7 @@ impl Host {
             call: Some(driver.call.try_clone().unwrap()),
             err: Some(driver.err.try_clone().unwrap()),
         };
-        self.queues.start(index, setup, true, notifiers).unwrap();
+        self.queues.start(index, setup, true, notifiers, None).unwrap();
     }
 
     pub fn put(&self, at: u64, bytes: &[u8]) {
