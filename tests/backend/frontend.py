@@ -62,6 +62,8 @@ class Frontend:
         self.transport = Transport(sock, send_timeout_s=WAIT_S)
         self.connection: Connection[Fd] = Connection(Role.FRONTEND)
         self.socket = sock
+        self.fds: tuple[Fd, ...] = ()
+        """What came with the last reply; the caller's to close."""
 
     @classmethod
     def connect(cls, path: str) -> Self:
@@ -83,6 +85,7 @@ class Frontend:
             event = self.connection.next_event()
             if event is not None:
                 assert isinstance(event, Reply)
+                self.fds = event.fds
                 return event.payload
             assert select.select([self.socket], [], [], WAIT_S)[0], "the back-end does not answer"
             try:
