@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -203,6 +204,16 @@ def test_a_block_device_has_its_own_sizes_and_is_opened_exclusively(loop: Path) 
             disk.resize(2 * SIZE)
         FileDisk(loop, lock=False).close()
         assert disk.refresh() == SIZE
+
+
+def test_a_block_device_that_its_holder_gives_up_in_time_is_waited_for(loop: Path) -> None:
+    holder = FileDisk(loop)
+    timer = threading.Timer(0.1, holder.close)
+    timer.start()
+    try:
+        FileDisk(loop, lock_timeout_s=30).close()
+    finally:
+        timer.join()
 
 
 def test_limits_are_bytes_and_frozen() -> None:

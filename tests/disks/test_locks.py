@@ -9,13 +9,14 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from vhostuser.disks import FileDisk
+from vhostuser.disks import FileDisk, locks
 from vhostuser.errors import OperatorError
 
 QEMU_IMG = shutil.which("qemu-img")
@@ -158,7 +159,9 @@ def test_we_may_read_an_image_that_a_storage_daemon_reads(image: Path) -> None:
     FileDisk(image, read_only=True).close()
 
 
-def test_a_lock_that_its_holder_gives_up_in_time_is_waited_for(image: Path) -> None:
+def test_a_lock_that_its_holder_gives_up_in_time_is_waited_for_without_a_word(
+    image: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     holder = FileDisk(image)
     timer = threading.Timer(0.1, holder.close)
     timer.start()
@@ -166,3 +169,49 @@ def test_a_lock_that_its_holder_gives_up_in_time_is_waited_for(image: Path) -> N
         FileDisk(image).close()
     finally:
         timer.join()
+    assert not caplog.records
+
+
+def test_a_long_wait_is_one_line_that_says_what_for(
+    image: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "QUIET_S", 0.05)
+    with FileDisk(image), pytest.raises(OperatorError, match="another program"):
+        FileDisk(image, lock_timeout_s=0.3)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == f"{image}: waiting up to 0.3 s for it: another program lets nobody else have its write permission"
+
+
+def test_who_has_no_patience_is_refused_at_once(image: Path) -> None:
+    with FileDisk(image):
+        begun = time.monotonic()
+        with pytest.raises(OperatorError, match="another program"):
+            FileDisk(image, lock_timeout_s=0)
+        assert time.monotonic() - begun < locks.QUIET_S
+
+
+def test_readers_of_one_place_follow_each_other_and_those_of_others_share(image: Path) -> None:
+    with FileDisk(image, read_only=True, place="/run/a.sock"):
+        FileDisk(image, read_only=True, place="/run/b.sock").close()
+        FileDisk(image, read_only=True).close()
+        with pytest.raises(OperatorError, match=r"another program serves it on /run/a\.sock"):
+            FileDisk(image, read_only=True, place="/run/a.sock", lock_timeout_s=0)
+    FileDisk(image, read_only=True, place="/run/a.sock").close()
+
+
+@qemu_img
+def test_a_reader_with_a_place_still_shares_with_qemu_img(image: Path) -> None:
+    with FileDisk(image, read_only=True, place="/run/a.sock"):
+        assert run_img("convert", "-f", "raw", "-O", "raw", image, image.with_name("copy.img")).returncode == 0
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_the_last_request_of_a_closed_disk_keeps_its_successor_out(image: Path, read_only: bool) -> None:
+    """A request in the kernel holds the open file, for which a duplicate of the descriptor stands here."""
+    disk = FileDisk(image, read_only=read_only, place="/run/a.sock")
+    request = disk._fd.duplicate()
+    disk.close()
+    with pytest.raises(OperatorError, match="another program"):
+        FileDisk(image, read_only=read_only, place="/run/a.sock", lock_timeout_s=0)
+    request.close()
+    FileDisk(image, read_only=read_only, place="/run/a.sock", lock_timeout_s=0).close()

@@ -11,7 +11,7 @@ from typing import Final
 from vhostuser._native import EngineSpec
 from vhostuser.disks import storage
 from vhostuser.disks.disk import MAX_SEGMENT, SECTOR, Capability, Limits, NativeDisk
-from vhostuser.disks.locks import lock_image
+from vhostuser.disks.locks import QUIET_S, Patience, lock_image
 from vhostuser.errors import OperatorError, UsageError
 from vhostuser.fds import Fd
 
@@ -26,13 +26,15 @@ class FileDisk(NativeDisk):
 
     def __init__(
         self, path: str | os.PathLike[str], *, read_only: bool = False, cache: str = "writeback",
-        engine: str = "auto", lock: bool = True,
+        engine: str = "auto", lock: bool = True, lock_timeout_s: float = QUIET_S, place: str = "",
     ) -> None:  # fmt: skip
         """Open and lock the storage, and ask the kernel what it can do.
 
         ``cache``: "writeback" lets the guest find its write cache on, "writethrough" off; "none" goes around the page
         cache of the host (O_DIRECT) with the write cache on. ``engine``: "io_uring", "syscalls", or "auto" for the
         first that the kernel allows. ``lock=False`` neither locks a file nor opens a block device exclusively.
+        ``lock_timeout_s``: how long to wait for another program to let go of it, blocking. ``place``: what it is served
+        on, if anything; among readers, who share an image, those of one place follow each other.
         Raises `UsageError` for an unknown mode and `OperatorError` when the storage cannot be served so.
         """
         if cache not in CACHES or engine not in ENGINES:
@@ -43,10 +45,11 @@ class FileDisk(NativeDisk):
         self._direct = cache == "none"
         self.writeback = cache != "writethrough"
         self._is_device = self._kind()
-        self._fd = self._open(read_only, lock)
+        patience = Patience(self._path, lock_timeout_s)
+        self._fd = self._open(read_only, lock, patience)
         try:
             if lock:
-                lock_image(self._fd.fileno(), self._path, writable=not read_only)
+                lock_image(self._fd.fileno(), self._path, writable=not read_only, patience=patience, place=place)
             self._limits = self._find_limits()
             self.capabilities = self._find_capabilities(read_only)
             self._engine: EngineSpec | None = self._make_engine(engine)
@@ -122,14 +125,19 @@ class FileDisk(NativeDisk):
         what = "a directory" if stat.S_ISDIR(mode) else "neither a file nor a block device"
         raise OperatorError(self._path, f"it is {what}", "Name an image file or a block device")
 
-    def _open(self, read_only: bool, lock: bool) -> Fd:
+    def _open(self, read_only: bool, lock: bool, patience: Patience) -> Fd:
         flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDONLY if read_only else os.O_RDWR)
         flags |= os.O_DIRECT if self._direct else 0
         flags |= os.O_EXCL if self._is_device and lock else 0
-        try:
-            fd = Fd(os.open(self._path, flags))
-        except OSError as error:
-            raise self._unopened(error, read_only=read_only) from error
+        while True:
+            try:
+                fd = Fd(os.open(self._path, flags))
+                break
+            except OSError as error:
+                # A block device stays busy until the last request of a killed predecessor has ended.
+                if error.errno == errno.EBUSY and patience.lasts("another program or the host itself uses the device"):
+                    continue
+                raise self._unopened(error, read_only=read_only) from error
         if self._is_device and not read_only and storage.block_device_number(fd.fileno(), storage.BLKROGET):
             fd.close()
             raise self._unopened(OSError(errno.EROFS, os.strerror(errno.EROFS)), read_only=False)

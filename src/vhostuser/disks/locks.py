@@ -3,15 +3,22 @@
 The protocol is the one of QEMU's tools, so that each side sees the other: who opens an image holds a shared
 open-file-description lock on one byte for each permission it uses (100 and up) and on one byte for each permission it
 grants to nobody else (200 and up), and looks whether another one holds the opposite byte.
+
+The locks are the fence between a server and its successor, too: they belong to the open file that every worker shares
+and that every request inside the kernel holds, so they end when the last of those has ended, and not with the process.
+Who only reads shares the image with other readers, but a late read writes into the memory of a guest: readers that
+serve on the same place therefore wait for each other, by a byte that stands for the place.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import struct
 import time
+import zlib
 from enum import IntEnum
 from typing import Final
 
@@ -39,23 +46,52 @@ EXCLUSIVE: Final = frozenset({Permission.WRITE, Permission.RESIZE})
 """What we let nobody else do, whether we write or only read."""
 
 
-PATIENCE_S: Final = 1.0
-"""How long to wait for a predecessor that was killed: its locks last until the kernel has ended its last request."""
-RETRY_S: Final = 0.02
+PLACES: Final = 1 << 30
+"""The first of as many bytes, one of which stands for the place that a reader serves on."""
+
+QUIET_S: Final = 1.0
+"""How long to wait for a predecessor without a word: a killed one has let go by then unless its storage hangs."""
+FIRST_PAUSE_S: Final = 0.001
+PAUSE_S: Final = 0.02
+
+log = logging.getLogger(__name__)
 
 
-def lock_image(fd: int, path: str, *, writable: bool, patience_s: float = PATIENCE_S) -> None:
+class Patience:
+    """Waits for whoever has an image to let go of it: without a word for a second, then with one line in the log."""
+
+    def __init__(self, path: str, limit_s: float) -> None:
+        """``limit_s``: how long all the waiting may take; 0 tries once."""
+        self._path = path
+        self._begun = time.monotonic()
+        self._limit_s = limit_s
+        self._pause_s = FIRST_PAUSE_S
+        self._told = False
+
+    def lasts(self, cause: str) -> bool:
+        """Whether to try once more, after a little while in which it blocks. ``cause``: what stands in the way."""
+        waited = time.monotonic() - self._begun
+        if waited >= self._limit_s:
+            return False
+        if waited >= QUIET_S and not self._told:
+            self._told = True
+            log.warning("%s: waiting up to %g s for it: %s", self._path, self._limit_s, cause)
+        time.sleep(min(self._pause_s, self._limit_s - waited))
+        self._pause_s = min(2 * self._pause_s, PAUSE_S)
+        return True
+
+
+def lock_image(fd: int, path: str, *, writable: bool, patience: Patience | None = None, place: str = "") -> None:
     """Lock the image behind ``fd`` for us, or raise `OperatorError` when another program uses it.
 
-    Blocks for ``patience_s`` at most. The lock belongs to the open file description: it ends when ``fd``, its
-    duplicates and the requests inside the kernel have all ended.
+    Blocks for as long as ``patience`` lasts, a second when there is none. The lock belongs to the open file description: it ends when ``fd``, its
+    duplicates and the requests inside the kernel have all ended. ``place``: what a reader serves on, if anything.
     """
-    deadline = time.monotonic() + patience_s
+    patience = patience or Patience(path, QUIET_S)
     try:
-        while (conflict := _try_to_lock(fd, writable=writable)) is not None:
-            if time.monotonic() >= deadline:
-                raise _in_use(path, *conflict)
-            time.sleep(RETRY_S)
+        while (conflict := _try_to_lock(fd, writable=writable, place=place)) is not None:
+            if not patience.lasts(conflict):
+                raise OperatorError(path, conflict, ADVICE)
     except OSError as error:
         unlock_image(fd)
         raise OperatorError(
@@ -65,12 +101,22 @@ def lock_image(fd: int, path: str, *, writable: bool, patience_s: float = PATIEN
         ) from error
 
 
-def _try_to_lock(fd: int, *, writable: bool) -> tuple[Permission, bool] | None:
-    """Hold every lock, or none: then the permission in dispute, and whether the other one uses it or withholds it."""
+ADVICE: Final = (
+    "Stop the other program, or serve the image read-only (--read-only) or without locking (--no-lock) "
+    "if you know that only one of them writes"
+)
+
+
+def _try_to_lock(fd: int, *, writable: bool, place: str) -> str | None:
+    """Hold every lock, or none: then what is in the way."""
     used = WRITING if writable else READING
     held = [USED + permission for permission in used] + [NOT_SHARED + permission for permission in EXCLUSIVE]
-    opposite = [(NOT_SHARED + permission, permission) for permission in used]
-    opposite += [(USED + permission, permission) for permission in EXCLUSIVE]
+    opposite = [(NOT_SHARED + permission, _in_use(permission, False)) for permission in used]
+    opposite += [(USED + permission, _in_use(permission, True)) for permission in EXCLUSIVE]
+    if place:
+        byte = PLACES + zlib.crc32(place.encode(errors="surrogateescape")) % PLACES
+        held.append(byte)
+        opposite.append((byte, f"another program serves it on {place}"))
     for byte in held:
         try:
             fcntl.fcntl(fd, F_OFD_SETLK, _lock(fcntl.F_RDLCK, byte))
@@ -78,18 +124,18 @@ def _try_to_lock(fd: int, *, writable: bool) -> tuple[Permission, bool] | None:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
             unlock_image(fd)
-            return Permission.WRITE, True
-    for byte, permission in opposite:
+            return _in_use(Permission.WRITE, True)
+    for byte, cause in opposite:
         if _taken(fd, byte):
             unlock_image(fd)
-            return permission, byte < NOT_SHARED
+            return cause
     return None
 
 
 def unlock_image(fd: int) -> None:
     """Drop every lock that `lock_image` made through this open file description, and ignore that there is none."""
     try:
-        fcntl.fcntl(fd, F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, USED, NOT_SHARED - USED + 64, 0))
+        fcntl.fcntl(fd, F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, USED, 2 * PLACES - USED, 0))
     except OSError:
         return
 
@@ -103,12 +149,8 @@ def _taken(fd: int, byte: int) -> bool:
     return bool(_FLOCK.unpack(found)[0] != fcntl.F_UNLCK)
 
 
-def _in_use(path: str, permission: Permission, writes: bool) -> OperatorError:
+def _in_use(permission: Permission, uses: bool) -> str:
     right = permission.name.lower().replace("_", " ")
-    does = f"has it open with the {right} permission" if writes else f"lets nobody else have its {right} permission"
-    return OperatorError(
-        path,
-        f"another program {does}",
-        "Stop the other program, or serve the image read-only (--read-only) or without locking (--no-lock) "
-        "if you know that only one of them writes",
-    )
+    if uses:
+        return f"another program has it open with the {right} permission"
+    return f"another program lets nobody else have its {right} permission"

@@ -8,6 +8,7 @@ from typing import Final
 
 from vhostuser.disks.disk import Disk
 from vhostuser.disks.file import CACHES, ENGINES, FileDisk
+from vhostuser.disks.locks import QUIET_S
 from vhostuser.disks.memory import MemoryDisk
 from vhostuser.disks.null import NullDisk
 from vhostuser.errors import UsageError
@@ -41,12 +42,14 @@ def parse_size(text: str) -> int:
 
 
 def open_disk(
-    text: str, *, read_only: bool = False, cache: str = "writeback", engine: str = "auto", lock: bool = True
-) -> Disk:
+    text: str, *, read_only: bool = False, cache: str = "writeback", engine: str = "auto",
+    lock: bool = True, lock_timeout_s: float = QUIET_S, place: str = "",
+) -> Disk:  # fmt: skip
     """Open the disk that ``text`` names: a path, ``memory:size=1G`` or ``null:size=1T``.
 
-    ``cache`` is "writeback", "writethrough" or "none"; ``engine`` ("auto", "io_uring", "syscalls") and ``lock`` matter
-    for files and block devices only. Write ``./memory:x`` for a file of such a name. The caller closes the disk.
+    ``cache`` is "writeback", "writethrough" or "none"; ``engine`` ("auto", "io_uring", "syscalls"), ``lock``,
+    ``lock_timeout_s`` and ``place`` matter for files and block devices only, see `FileDisk`. Write ``./memory:x`` for a
+    file of such a name. The caller closes the disk.
     Raises `UsageError` for a text or an option that makes no sense, `OperatorError` when storage cannot be served.
     """
     if cache not in CACHES:
@@ -66,7 +69,9 @@ def open_disk(
         )
     if not text:
         raise UsageError("disk", "the name is empty", "Give a path, memory:size=1G or null:size=1T")
-    return FileDisk(text, read_only=read_only, cache=cache, engine=engine, lock=lock)
+    return FileDisk(
+        text, read_only=read_only, cache=cache, engine=engine, lock=lock, lock_timeout_s=lock_timeout_s, place=place
+    )
 
 
 def _size_option(text: str, options: str) -> int:
