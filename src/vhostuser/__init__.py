@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vhostuser.blk.fileobj import DiskFile
     from vhostuser.blk.link import ConfigChange
     from vhostuser.blk.requests import Discard, Flush, GetId, Read, ReadInto, Write, WriteZeroes
-    from vhostuser.control import ControlClient, ControlServer, disk_methods
+    from vhostuser.control import ControlClient, ControlServer
     from vhostuser.disks import (
         Capability,
         Disk,
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     )
     from vhostuser.fds import Fd
     from vhostuser.frontend import Backoff, Buffer, HostDevice, SharedMemory
+    from vhostuser.methods import disk_methods
     from vhostuser.transport import Listener, Transport, adopt, listen
     from vhostuser.virtio.blk import BlkFeature
     from vhostuser.virtio.features import RingFeature
@@ -61,7 +62,7 @@ _HOMES = {
     "blk.fileobj": ("DiskFile",),
     "blk.link": ("ConfigChange",),
     "blk.requests": ("Discard", "Flush", "GetId", "Read", "ReadInto", "Write", "WriteZeroes"),
-    "control": ("ControlClient", "ControlServer", "disk_methods"),
+    "control": ("ControlClient", "ControlServer"),
     "disks": (
         "Capability",
         "Disk",
@@ -94,6 +95,7 @@ _HOMES = {
         "VhostUserError",
     ),
     "fds": ("Fd",),
+    "methods": ("disk_methods",),
     "frontend": ("Backoff", "Buffer", "HostDevice", "SharedMemory"),
     "transport": ("Listener", "Transport", "adopt", "listen"),
     "virtio.blk": ("BlkFeature",),

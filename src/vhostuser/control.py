@@ -10,20 +10,19 @@ import logging
 import os
 import select
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, Self
 
 import msgspec
 
-from vhostuser.disks.registry import parse_size
 from vhostuser.errors import OperatorError, PeerGone, RemoteProtocolError, UsageError, VhostUserError
 from vhostuser.fds import Fd
 from vhostuser.transport import Listener, Transport, connect
 
 if TYPE_CHECKING:
     from types import TracebackType
-
-    from vhostuser.blk.device import BlockDevice
 
 PARSE_ERROR: Final = -32700
 INVALID_REQUEST: Final = -32600
@@ -45,6 +44,7 @@ ACCEPT_PAUSE_S: Final = 1.0
 
 Params = Mapping[str, object]
 Method = Callable[[Params], object]
+"""Returns what is the result, or an `Offer`."""
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,19 @@ class ControlError(VhostUserError):
         super().__init__(message)
         self.code = code
         self.data = data
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A result with descriptors for a client that has to answer: by another call on the same connection, in time."""
+
+    result: object
+    fds: Sequence[Fd]
+    """Closed once they are sent."""
+    patience_s: float
+    """How long the client's next call may take; later, it is disconnected."""
+    over: Callable[[], None]
+    """Called when the connection has ended, however it ended."""
 
 
 class _Request(msgspec.Struct):
@@ -76,38 +89,6 @@ class _Reply(msgspec.Struct):
     id: int | float | str | None = None
     result: object = None
     error: _Error | None = None
-
-
-def disk_methods(device: BlockDevice, *, version: str) -> dict[str, Method]:
-    """The methods about one disk: ``disk.info``, ``disk.stats``, ``disk.resize`` and ``server.version``."""
-
-    def info(params: Params) -> object:
-        _only(params)
-        return device.info()
-
-    def stats(params: Params) -> object:
-        _only(params)
-        return {"queues": device.statistics()}
-
-    def resize(params: Params) -> object:
-        _only(params, "size")
-        size = params.get("size")
-        if isinstance(size, str):
-            size = parse_size(size)
-        if size is None:
-            notice = device.refresh()
-        elif isinstance(size, int) and not isinstance(size, bool) and size >= 0:
-            notice = device.resize(size)
-        else:
-            raise ControlError(INVALID_PARAMS, "size is a number of bytes, or a text like 10G")
-        told = "unchanged" if notice is None else notice.name.lower()
-        return {"size": device.size, "notice": told, "message": notice.value if notice else "the size is what it was"}
-
-    def server_version(params: Params) -> object:
-        _only(params)
-        return {"name": "vhostuser", "version": version}
-
-    return {"disk.info": info, "disk.stats": stats, "disk.resize": resize, "server.version": server_version}
 
 
 class ControlServer:
@@ -173,16 +154,24 @@ class ControlServer:
             thread.start()
 
     def _serve(self, transport: Transport) -> None:
+        lines = _Lines(transport)
+        offers: list[Offer] = []
         try:
-            for line in _lines(transport):
-                reply = self.answer(line)
-                if reply is not None:
-                    transport.send(reply + b"\n")
+            for line in lines:
+                known = len(offers)
+                reply = self._answer(line, offers)
+                with ExitStack() as sent:
+                    fds = [sent.enter_context(fd) for offer in offers[known:] for fd in offer.fds]
+                    lines.timeout_s = min((offer.patience_s for offer in offers), default=None)
+                    if reply is not None:
+                        transport.send(reply + b"\n", fds)
         except _LineTooLong:
             self._complain(transport)
         except (PeerGone, RemoteProtocolError, OSError) as error:
             log.info("control socket: a client was lost: %s", error)
         finally:
+            for offer in offers:
+                offer.over()
             with self._lock:
                 del self._clients[transport]
                 transport.close()
@@ -194,22 +183,25 @@ class ControlServer:
         except PeerGone:
             return
 
-    def answer(self, line: bytes) -> bytes | None:
-        """The line that answers ``line``, without its end; None when only notifications were in it. Any thread."""
+    def _answer(self, line: bytes, offers: list[Offer]) -> bytes | None:
+        """The line that answers ``line``, without its end; None when only notifications were in it.
+
+        What is offered with it is added to ``offers``.
+        """
         try:
             raw = msgspec.json.decode(line)
         except msgspec.DecodeError as error:
             return msgspec.json.encode(_failure(None, ControlError(PARSE_ERROR, f"this is not JSON: {error}")))
         if not isinstance(raw, list):
-            reply = self._answer_one(raw)
+            reply = self._answer_one(raw, offers)
             return None if reply is None else msgspec.json.encode(reply)
         if not 1 <= len(raw) <= MAX_BATCH:
             refusal = ControlError(INVALID_REQUEST, f"a batch has 1 to {MAX_BATCH} requests, not {len(raw)}")
             return msgspec.json.encode(_failure(None, refusal))
-        replies = [reply for reply in map(self._answer_one, raw) if reply is not None]
+        replies = [reply for one in raw if (reply := self._answer_one(one, offers)) is not None]
         return msgspec.json.encode(replies) if replies else None
 
-    def _answer_one(self, raw: object) -> dict[str, object] | None:
+    def _answer_one(self, raw: object, offers: list[Offer]) -> dict[str, object] | None:
         try:
             request = msgspec.convert(raw, _Request)
         except msgspec.ValidationError as error:
@@ -220,6 +212,9 @@ class ControlServer:
             result = self._call(request)
         except ControlError as error:
             return None if request.id is msgspec.UNSET else _failure(request.id, error)
+        if isinstance(result, Offer):
+            offers.append(result)
+            result = result.result
         return None if request.id is msgspec.UNSET else {"jsonrpc": "2.0", "id": request.id, "result": result}
 
     def _call(self, request: _Request) -> object:
@@ -253,12 +248,13 @@ class ControlClient:
         """
         self._timeout_s = timeout_s
         self._transport = connect(path, timeout_s, send_timeout_s=timeout_s)
-        self._lines = _lines(self._transport, limit=MAX_ANSWER, timeout_s=timeout_s)
+        self._lines = _Lines(self._transport, limit=MAX_ANSWER, timeout_s=timeout_s)
         self._calls = 0
 
     def call(self, method: str, **params: object) -> object:
         """Return the result of ``method``. Raises `ControlError` when the other side says so, `PeerGone` when it is
-        silent or gone, `RemoteProtocolError` when it does not speak JSON-RPC."""
+        silent or gone, `RemoteProtocolError` when it does not speak JSON-RPC. Descriptors that come with it are kept
+        for `take_fds`."""
         self._calls += 1
         request = {"jsonrpc": "2.0", "id": self._calls, "method": method, "params": params}
         self._transport.send(msgspec.json.encode(request) + b"\n")
@@ -275,8 +271,15 @@ class ControlClient:
             raise RemoteProtocolError(f"call {self._calls} was answered as {reply.id!r}")
         return reply.result
 
+    def take_fds(self) -> list[Fd]:
+        """Take over the descriptors that came with answers so far."""
+        fds, self._lines.fds = self._lines.fds, []
+        return fds
+
     def close(self) -> None:
-        """Disconnect. Idempotent."""
+        """Disconnect, and close descriptors that nobody took. Idempotent."""
+        for fd in self.take_fds():
+            fd.close()
         self._transport.close()
 
     def __enter__(self) -> Self:
@@ -292,26 +295,44 @@ class _LineTooLong(VhostUserError):  # noqa: N818  named for what it finds
     """A line that does not end within the limit."""
 
 
-def _lines(transport: Transport, *, limit: int = MAX_LINE, timeout_s: float | None = None) -> Iterator[bytes]:
+class _Lines:
     """The lines that the peer sends, without their ends; an unfinished last one is dropped."""
-    rest = b""
-    while True:
-        *lines, rest = rest.split(b"\n")
-        for line in lines:
-            if len(line) >= limit:
-                raise _LineTooLong(f"a line has more than {limit} bytes")
-            if line.strip():
-                yield line
-        if len(rest) >= limit:
-            raise _LineTooLong(f"a line has more than {limit} bytes")
-        if timeout_s is not None and not select.select([transport], [], [], timeout_s)[0]:
-            raise PeerGone(f"there was no answer for {timeout_s:g} s")
-        data, fds = transport.receive(limit)
-        for fd in fds:
-            fd.close()
+
+    def __init__(self, transport: Transport, *, limit: int = MAX_LINE, timeout_s: float | None = None) -> None:
+        self._transport = transport
+        self._limit = limit
+        self._ready: list[bytes] = []
+        self._rest = b""
+        self.timeout_s = timeout_s
+        """How long to wait for anything to come."""
+        self.fds: list[Fd] = []
+        """What came with the lines, when a client wants it."""
+        self._keep_fds = timeout_s is not None
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> bytes:
+        while True:
+            line = self._ready.pop(0) if self._ready else None
+            if len(self._rest if line is None else line) >= self._limit:
+                raise _LineTooLong(f"a line has more than {self._limit} bytes")
+            if line is None:
+                self._receive()
+            elif line.strip():
+                return line
+
+    def _receive(self) -> None:
+        if self.timeout_s is not None and not select.select([self._transport], [], [], self.timeout_s)[0]:
+            raise PeerGone(f"there was no answer for {self.timeout_s:g} s")
+        data, fds = self._transport.receive(self._limit)
+        self.fds += fds
+        if not self._keep_fds:
+            while self.fds:
+                self.fds.pop().close()
         if not data:
-            return
-        rest += data
+            raise StopIteration
+        *self._ready, self._rest = (self._rest + data).split(b"\n")
 
 
 def _failure(key: object, error: ControlError) -> dict[str, object]:
@@ -321,7 +342,8 @@ def _failure(key: object, error: ControlError) -> dict[str, object]:
     return {"jsonrpc": "2.0", "id": key, "error": body}
 
 
-def _only(params: Params, *names: str) -> None:
+def only(params: Params, *names: str) -> None:
+    """Raise `ControlError` when there are parameters other than ``names``."""
     surplus = sorted(set(params) - set(names))
     if surplus:
         raise ControlError(INVALID_PARAMS, f"there is no parameter {surplus[0]!r}")

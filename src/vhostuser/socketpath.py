@@ -26,6 +26,16 @@ def address(path: str) -> str:
     return f"\0{path[1:]}" if path.startswith("@") else path
 
 
+def written(name: str | bytes) -> str:
+    """Return ``name``, a path or what a socket says its name is, as a person writes it: absolute, or with an ``@``.
+
+    Empty when a socket has no name.
+    """
+    if isinstance(name, bytes):
+        return "@" + os.fsdecode(name[1:]) if name else ""
+    return name if not name or name.startswith("@") else os.path.abspath(name)
+
+
 def refuse_occupied(path: str) -> None:
     """Raise `OperatorError` unless ``path`` is free or a socket on which nobody listens any more."""
     try:
@@ -44,6 +54,20 @@ def refuse_occupied(path: str) -> None:
         raise OperatorError(path, cause, "Remove it if nothing uses it, or choose another path")
     if code not in (errno.ECONNREFUSED, errno.ENOENT):  # a full queue is a sign of life, too
         raise OperatorError(path, "another program listens on it", "Stop that program, or choose another path")
+
+
+def connect_advice(error: OSError) -> tuple[str, str]:
+    """Return why a connection failed, and what to do."""
+    match error.errno:
+        case errno.ENOENT:
+            return "there is no such socket", "Start the back-end first, or correct the path"
+        case errno.ECONNREFUSED:
+            return "nobody listens on it", "Start the back-end first"
+        case errno.EACCES | errno.EPERM:
+            return "permission denied", "Run as a user who may write to the socket, or widen its mode"
+        case errno.EPROTOTYPE | errno.ENOTSOCK:
+            return "it is not a stream socket", "Correct the path"
+    return os.strerror(error.errno or 0), "Check the path"
 
 
 def bind(sock: socket.socket, path: str) -> None:

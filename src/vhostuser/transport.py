@@ -69,6 +69,11 @@ class Transport:
         """False for a pipe: no acknowledgement can ever come back."""
         return True
 
+    @property
+    def place(self) -> str:
+        """Where the listener was that accepted this connection, as a person writes it; empty when it has no name."""
+        return socketpath.written(self._socket.getsockname())
+
     def fileno(self) -> int:
         """Return the descriptor, to wait on; -1 once closed."""
         return self._socket.fileno()
@@ -197,12 +202,41 @@ class Listener:
     def __init__(self, sock: socket.socket, path: str | None = None, identity: tuple[int, int] | None = None) -> None:
         """Takes over ``sock``; ``identity`` is device and inode of the file at ``path`` if that is ours to remove."""
         self._socket = sock
-        self.path: Final = path
+        self.path = path
         self._identity = identity
+
+    @property
+    def place(self) -> str:
+        """Where it listens, as a person writes it: absolute, or an abstract name with its ``@``."""
+        return socketpath.written(self.path or self._socket.getsockname())
+
+    @property
+    def identity(self) -> tuple[int, int] | None:
+        """Device and inode of the file that goes when this is closed; None when none does."""
+        return self._identity
+
+    def remove_file(self) -> None:
+        """Remove the socket's file if it still is the one made here, and go on listening. Idempotent."""
+        identity, self._identity = self._identity, None
+        if self.path is not None and identity is not None and socketpath.identity(self.path) == identity:
+            with suppress(FileNotFoundError):
+                os.unlink(self.path)
+
+    def take_file(self, path: str, identity: tuple[int, int] | None) -> None:
+        """Listen at ``path`` in our turn, and remove the file with that ``identity`` in the end, if any."""
+        self.path, self._identity = path, identity
+
+    def leave_file(self) -> None:
+        """Remove no file from now on: somebody else listens on the same socket and will do it."""
+        self._identity = None
 
     def fileno(self) -> int:
         """Return the descriptor, to wait on; -1 once closed."""
         return self._socket.fileno()
+
+    def duplicate(self) -> Fd:
+        """Return a descriptor of the same listening socket, to give away."""
+        return Fd(os.dup(self._socket.fileno()))
 
     def accept(self, *, send_timeout_s: float = SEND_TIMEOUT_S) -> Transport:
         """Return the next connection; blocks until there is one. Raises `OSError` when none can be opened."""
@@ -216,10 +250,7 @@ class Listener:
 
     def close(self) -> None:
         """Stop listening, and remove the socket's file if it still is the one made here. Idempotent."""
-        identity, self._identity = self._identity, None
-        if self.path is not None and identity is not None and socketpath.identity(self.path) == identity:
-            with suppress(FileNotFoundError):
-                os.unlink(self.path)
+        self.remove_file()
         self._socket.close()
 
     def __enter__(self) -> Self:
@@ -247,7 +278,7 @@ def connect(path: str, timeout_s: float = 10.0, *, send_timeout_s: float = SEND_
         raise PeerGone(f"{path} did not accept a connection within {timeout_s:g} s") from error
     except OSError as error:
         sock.close()
-        raise OperatorError(path, *_connect_advice(error)) from error
+        raise OperatorError(path, *socketpath.connect_advice(error)) from error
     return Transport(sock, send_timeout_s=send_timeout_s)
 
 
@@ -269,19 +300,6 @@ def _limit_connect(sock: socket.socket, timeout_s: float) -> None:
     whole = int(timeout_s)
     value = struct.pack("@ll", whole, int((timeout_s - whole) * 1_000_000))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
-
-
-def _connect_advice(error: OSError) -> tuple[str, str]:
-    match error.errno:
-        case errno.ENOENT:
-            return "there is no such socket", "Start the back-end first, or correct the path"
-        case errno.ECONNREFUSED:
-            return "nobody listens on it", "Start the back-end first"
-        case errno.EACCES | errno.EPERM:
-            return "permission denied", "Run as a user who may write to the socket, or widen its mode"
-        case errno.EPROTOTYPE | errno.ENOTSOCK:
-            return "it is not a stream socket", "Correct the path"
-    return os.strerror(error.errno or 0), "Check the path"
 
 
 def listen(path: str, mode: int = 0o600, group: str | int | None = None, backlog: int = 8) -> Listener:

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
 from vhostuser.backend.session import MAX_MEM_SLOTS, Session
-from vhostuser.errors import VhostUserError
+from vhostuser.errors import DrainTimeout, SetupError, VhostUserError
 from vhostuser.fds import Fd
 from vhostuser.transport import Listener, Transport
 
@@ -27,6 +27,8 @@ FDS_PER_RING: Final = 6
 SPARE_FDS: Final = 128
 ACCEPT_PAUSE_S: Final = 1.0
 """How long to wait when no connection can be accepted, as when there are too many open files."""
+REST_PAUSE_S: Final = 0.001
+"""How often to look whether storage is at rest."""
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +41,17 @@ class Server:
     """
 
     def __init__(
-        self, device: Device, endpoint: Listener | Transport, *, drain_timeout_s: float = 30.0, once: bool = False
+        self,
+        device: Device,
+        endpoint: Listener | Transport,
+        *,
+        drain_timeout_s: float = 30.0,
+        stop_timeout_s: float | None = None,
+        once: bool = False,
     ) -> None:
         """Takes ``endpoint``: a listener, or one connection that somebody else has accepted, which is served alone.
 
+        ``stop_timeout_s``: how long storage may take to come to rest after `stop`; None for ``drain_timeout_s``.
         ``once``: end when the first front-end has left. The device stays the caller's.
         """
         self._wake = Fd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
@@ -51,6 +60,9 @@ class Server:
         self._only = endpoint if isinstance(endpoint, Transport) else None
         self._once = once or self._listener is None
         self._drain_timeout_s = drain_timeout_s
+        self._stop_timeout_s = drain_timeout_s if stop_timeout_s is None else stop_timeout_s
+        self._resting = False
+        self._accepting = False
         self._stopping = threading.Event()
         self._session: Session | None = None
         self._session_thread: threading.Thread | None = None
@@ -69,6 +81,17 @@ class Server:
         session = self._session
         return session is not None and session.open
 
+    @property
+    def in_flight(self) -> int:
+        """Requests taken and not answered. Any thread."""
+        return sum(queue.get("in_flight", 0) for queue in self._device.queues.stats())
+
+    @property
+    def recoverable(self) -> bool:
+        """Whether requests that are never answered stay in an in-flight region of the front-end. Any thread."""
+        session = self._session
+        return session is not None and session.recoverable
+
     def run(self) -> None:
         """Serve until `stop` is called, or the only front-end has left; then return once its storage is at rest.
 
@@ -78,11 +101,10 @@ class Server:
         with selectors.DefaultSelector() as selector:
             try:
                 selector.register(self._wake, selectors.EVENT_READ)
-                if self._listener is not None:
-                    selector.register(self._listener, selectors.EVENT_READ)
                 if self._only is not None:
                     self._begin(self._only)
                 while not self._stopping.is_set() and not (self._once and self._served and self._session is None):
+                    self._watch_listener(selector)
                     for key, _ in selector.select(self._patience()):
                         if key.fileobj is self._wake:
                             os.eventfd_read(self._wake.fileno())
@@ -104,6 +126,37 @@ class Server:
         """
         self._stopping.set()
         os.eventfd_write(self._wake.fileno(), 1)
+
+    def rest(self, timeout_s: float) -> None:
+        """Accept and take nothing more, and wait until every request is answered: what `leave` or `resume` comes after.
+
+        Blocks, on a thread that is not the server's; connections queue meanwhile. Raises `DrainTimeout` when storage
+        has not answered after ``timeout_s``, and `SetupError` when there is nothing to hand over; it serves on then.
+        """
+        if self._listener is None:
+            raise SetupError("it serves a single connection and listens on nothing")
+        deadline = time.monotonic() + timeout_s
+        self._resting = True
+        os.eventfd_write(self._wake.fileno(), 1)
+        while not self._at_rest():
+            if self._stopping.is_set() or time.monotonic() >= deadline:
+                self.resume()
+                raise DrainTimeout(f"{self.in_flight} requests are still under way after {timeout_s:g} s")
+            time.sleep(REST_PAUSE_S)
+
+    def resume(self) -> None:
+        """Accept and take again. Does not wait. Any thread."""
+        self._resting = False
+        session = self._session
+        if session is not None:
+            session.rest(False)
+        os.eventfd_write(self._wake.fileno(), 1)
+
+    def leave(self) -> None:
+        """End as `stop` does, but leave the socket's file to whoever listens on the same socket by now."""
+        if self._listener is not None:
+            self._listener.leave_file()
+        self.stop()
 
     def join(self, timeout_s: float | None = None) -> bool:
         """Wait for the thread of `start`; False when it still runs after ``timeout_s``."""
@@ -127,6 +180,23 @@ class Server:
             self.run()
         except (VhostUserError, OSError) as error:
             log.error("%s: the server ended: %s", self._device.name, error)
+
+    def _at_rest(self) -> bool:
+        session = self._session
+        if session is not None:
+            session.rest(True)
+        quiet = session is None or (session.at_rest and self.in_flight == 0)
+        return quiet and not self._accepting and self._waiting is None
+
+    def _watch_listener(self, selector: selectors.BaseSelector) -> None:
+        wanted = self._listener is not None and not self._resting
+        if self._listener is None or wanted == self._accepting:
+            return
+        if wanted:
+            selector.register(self._listener, selectors.EVENT_READ)
+        else:
+            selector.unregister(self._listener)
+        self._accepting = wanted
 
     def _accept(self, listener: Listener) -> None:
         try:
@@ -152,7 +222,9 @@ class Server:
         log.info("%s: a front-end connected", self._device.name)
         self._served = True
         try:
-            session = Session(self._device, transport, drain_timeout_s=self._drain_timeout_s)
+            session = Session(
+                self._device, transport, drain_timeout_s=self._drain_timeout_s, stop_timeout_s=self._stop_timeout_s
+            )
         except (VhostUserError, OSError) as error:
             self._refuse(transport, str(error))
             return

@@ -79,10 +79,19 @@ class SessionOver(VhostUserError):  # noqa: N818  not a failure by itself
 class Session:
     """Serves one front-end until it leaves, breaks the protocol, or `stop` is called."""
 
-    def __init__(self, device: Device, transport: Transport, *, drain_timeout_s: float = 30.0) -> None:
-        """Takes ``transport``. ``drain_timeout_s`` bounds every wait for storage that a message makes necessary."""
+    def __init__(
+        self,
+        device: Device,
+        transport: Transport,
+        *,
+        drain_timeout_s: float = 30.0,
+        stop_timeout_s: float | None = None,
+    ) -> None:
+        """Takes ``transport``. ``drain_timeout_s`` bounds every wait for storage that a message makes necessary,
+        ``stop_timeout_s`` the one after `stop`."""
         self._device = device
         self._transport = transport
+        self._stop_timeout_s = drain_timeout_s if stop_timeout_s is None else stop_timeout_s
         self._drain_timeout_s = drain_timeout_s
         self._connection: Connection[Fd] = Connection(Role.BACKEND)
         self._connection.offer(device.features | F_PROTOCOL_FEATURES, device.protocol_features)
@@ -95,6 +104,7 @@ class Session:
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._mailbox = threading.Lock()
         self._stopping = False
+        self._resting = False
         self._status = 0
         self._open = True
 
@@ -102,6 +112,22 @@ class Session:
     def open(self) -> bool:
         """Whether the connection is still there: False once the peer has gone or the session ended it. Any thread."""
         return self._open
+
+    @property
+    def recoverable(self) -> bool:
+        """Whether requests that are never answered stay in a region of the front-end. Any thread."""
+        return getattr(self._rings, "inflight", None) is not None
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether no ring takes anything more. Any thread."""
+        return self._rings.resting
+
+    def rest(self, resting: bool) -> None:
+        """Ask that no ring takes anything more, or that they go on. Any thread; does not wait."""
+        with self._mailbox:
+            self._resting = resting
+            self._notify()
 
     def stop(self) -> None:
         """Ask the session to end: what was taken completes, then it hangs up. Any thread; does not wait."""
@@ -311,6 +337,8 @@ class Session:
 
     def _take_mail(self) -> None:
         os.eventfd_read(self._wake)
+        if self._resting != self._rings.resting:
+            self._rings.rest() if self._resting else self._rings.resume()
         self._news.tell()
 
     def _notify(self) -> None:
@@ -356,7 +384,7 @@ class Session:
         could overwrite what the next front-end writes."""
         while True:
             try:
-                self._rings.drain(self._drain_timeout_s)
+                self._rings.drain(self._stop_timeout_s if self._stopping else self._drain_timeout_s)
                 return
             except DrainTimeout as error:
                 log.error("%s: storage does not answer: %s", self._device.name, error)

@@ -44,6 +44,8 @@ class Vrings:
         """Where rings that start from now on keep what is in flight."""
         self.features = 0
         """The bits of the last SET_FEATURES, virtio's and the protocol's."""
+        self.resting = False
+        """No ring takes anything, whatever its state says."""
 
     def state(self, index: int) -> RingState:
         """The two bits of ring ``index``."""
@@ -182,9 +184,17 @@ class Vrings:
         self.inflight = None  # it belongs to the rings that were; QEMU gets another one, too
 
     def rest(self) -> None:
-        """Let every ring take nothing more; what was taken still completes. Does not wait."""
+        """Let every ring take nothing more, those that start later included; what was taken still completes. Does not
+        wait."""
         for index in self._running:
             self._queues.enable(index, False)
+        self.resting = True
+
+    def resume(self) -> None:
+        """Let every ring that is enabled go on after `rest`."""
+        self.resting = False
+        for index in self._running:
+            self._queues.enable(index, self._states[index].enabled)
 
     def drain(self, timeout_s: float) -> None:
         """Stop every ring, and let go of the memory. Raises `DrainTimeout`; may be called again then.
@@ -215,7 +225,7 @@ class Vrings:
     def _enable(self, index: int, event: RingEvent) -> None:
         after = self._states[index].after(event)
         if index in self._running and after.enabled != self._states[index].enabled:
-            self._queues.enable(index, after.enabled)
+            self._queues.enable(index, after.enabled and not self.resting)
         self._states[index] = after
 
     def _change_stopped(self, index: int, what: str, plan: RingPlan[Fd]) -> None:
@@ -246,7 +256,7 @@ class Vrings:
             avail=plan.addr.available,
             base=plan.base,
             features=self.features & ~F_PROTOCOL_FEATURES,
-            enabled=state.enabled,
+            enabled=state.enabled and not self.resting,
             kick=plan.kick.fileno() if plan.kick is not None else None,
             call=plan.call.fileno() if plan.call is not None else None,
             err=plan.err.fileno() if plan.err is not None else None,

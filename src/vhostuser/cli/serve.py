@@ -74,6 +74,23 @@ def default_queues() -> int:
 @click.option("--socket-mode", type=octal, default="0600", show_default=True, help="Permissions of the socket.")
 @click.option("--socket-group", metavar="GROUP", help="Group of the socket.")
 @click.option("--lock/--no-lock", default=True, help="Lock the image (two writers destroy it).", show_default=True)
+@click.option(
+    "--lock-timeout",
+    type=click.FloatRange(0),
+    default=30.0,
+    metavar="SECONDS",
+    show_default=True,
+    help="How long to wait for another program to let go of the image.",
+)
+@click.option(
+    "--stop-timeout",
+    type=click.FloatRange(0, 3600),
+    default=10.0,
+    metavar="SECONDS",
+    show_default=True,
+    help="How long storage may take to finish after SIGTERM; 1 at most when the hypervisor keeps what is left.",
+)
+@click.option("--upgrade", is_flag=True, help="Take over from the server that runs with these options, and end it.")
 @click.option("--control", metavar="PATH|none", show_default="SOCKET.ctl, none with --fd", help="The control socket.")
 @click.option(
     "--inject", metavar="FAULTS", help="For testers: delay-read=5ms,error-write=1%,... (slow or failing requests)."
@@ -84,8 +101,8 @@ def default_queues() -> int:
 def command(log_format: str, **chosen: object) -> None:
     """Serve DISK to virtual machines, one at a time: a path, memory:size=1G or null:size=1T.
 
-    Stays in the foreground. SIGTERM and SIGINT end it once requests in flight are done; SIGHUP has it look whether the
-    file's size changed.
+    Stays in the foreground. SIGTERM and SIGINT end it once requests in flight are done, or after --stop-timeout; SIGHUP
+    has it look whether the file's size changed.
     """
     from vhostuser.cli import logs  # not for --help
     from vhostuser.cli.service import Service

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import socket
+import select
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -21,17 +20,22 @@ from vhostuser import systemd
 from vhostuser.backend import Server
 from vhostuser.blk import BlockDevice
 from vhostuser.cli import CONTROL_SUFFIX
+from vhostuser.cli.signals import Limit, Signals, end_here
 from vhostuser.disks import Disk, Faults, FaultyDisk, open_disk
 from vhostuser.errors import OperatorError, UsageError
-from vhostuser.socketpath import MAX_PATH
+from vhostuser.fds import Fd
+from vhostuser.socketpath import MAX_PATH, written
 from vhostuser.transport import Listener, Transport, adopt, listen
 
 if TYPE_CHECKING:
     from vhostuser.control import ControlServer
 
-STOPS = (signal.SIGTERM, signal.SIGINT)
 NO_CONTROL = "none"
 DRAIN_TIMEOUT_S = 30.0
+QUIET_S = 1.0
+"""How long a connection may wait for the image before it is turned away."""
+LEAVE_AFTER_S = 1.0
+"""How long storage may take after a signal when nothing is lost by leaving earlier, in seconds."""
 
 log = logging.getLogger(__name__)
 
@@ -62,35 +66,65 @@ class Service:
     inject: str | None = None
     once: bool = False
     """End when the first front-end has left."""
+    stop_timeout: float = 10.0
+    """Seconds that storage may take to come to rest after a signal, or for a successor."""
+    lock_timeout: float = 30.0
+    """Seconds to wait for a predecessor, or anybody else, to let go of the image."""
+    upgrade: bool = False
+    """Take the sockets over from the server that runs."""
     socket_option: str = "--socket"
     """How the program calls ``socket``, for messages."""
 
     def run(self) -> None:
-        """Serve until the end. Raises `OperatorError` or `OSError` when it cannot begin, or listening fails later."""
-        with ExitStack() as stack, Signals() as signals:
-            disk = stack.enter_context(self._open_disk())
+        """Serve until the end. Raises `OperatorError` or `OSError` when it cannot begin, or listening fails later.
+
+        Does not return when storage hangs at the end: the process ends then, at the latest `stop_timeout` seconds after
+        the signal.
+        """
+        limit = Limit()
+        with ExitStack() as stack:
+            stack.callback(limit.cancel)  # the last thing
+            named, endpoint, control = self._take_over() if self.upgrade else self._inherited()
+            for one in (endpoint, control):
+                if one is not None:
+                    stack.callback(one.close)
+            # Until there is something to clean up, a signal may end the process where it is.
+            disk = stack.enter_context(self._open_disk(self._place(endpoint), endpoint))
             device = self._make_device(disk)
             stack.callback(device.close)
-            endpoint, place = self._make_endpoint()
-            stack.callback(endpoint.close)
-            server = Server(device, endpoint, drain_timeout_s=DRAIN_TIMEOUT_S, once=self.once)
-            control = self._make_control(device)
+            signals = stack.enter_context(Signals())
+            if endpoint is None:
+                assert self.socket is not None
+                endpoint = listen(self.socket, mode=self.socket_mode, group=self.socket_group)
+                stack.callback(endpoint.close)
+            if control is None and (path := self._control_path()) is not None:
+                control = listen(path, mode=0o600)
+                stack.callback(control.close)
+            server = Server(
+                device, endpoint, drain_timeout_s=DRAIN_TIMEOUT_S,
+                stop_timeout_s=self.stop_timeout + DRAIN_TIMEOUT_S, once=self.once,
+            )  # fmt: skip
             if control is not None:
-                stack.enter_context(control)
+                stack.enter_context(self._answering(control, device, server, endpoint))
             with running(server, signals) as failures:
                 size = f"{device.size} bytes, {'read-only, ' if device.read_only else ''}{self.queues} queues"
-                log.info("%s: serving %s on %s", device.name, size, place)
+                log.info("%s: serving %s on %s", device.name, size, named)
                 systemd.notify(systemd.READY)
-                signals.obey(device, server)
+                listeners = [one for one in (endpoint, control) if isinstance(one, Listener)]
+                signals.obey(lambda: refresh(device), lambda: self._stop(device.name, server, listeners, limit))
             if failures:
                 raise failures[0]
             log.info("%s: stopped", device.name)
 
-    def _open_disk(self) -> Disk:
+    def _open_disk(self, place: str, inherited: Listener | Transport | None = None, *, lock: bool = True) -> Disk:
+        """Open it for serving on ``place``; connections at an ``inherited`` listener do not wait longer than a second
+        for the end of a predecessor."""
         faults = Faults.parse(self.inject) if self.inject is not None else None
-        disk = open_disk(
-            self.disk, read_only=self.read_only, cache=self.cache, engine=self.engine, lock=self.lock
-        )  # fmt: skip
+        with turning_away(inherited):
+            disk = open_disk(
+                self.disk, read_only=self.read_only, cache=self.cache, engine=self.engine,
+                lock=self.lock and lock, lock_timeout_s=self.lock_timeout, place=place,
+            )  # fmt: skip
         return FaultyDisk(disk, faults) if faults is not None else disk
 
     def _make_device(self, disk: Disk) -> BlockDevice:
@@ -105,29 +139,80 @@ class Service:
             **({} if self.seg_max is None else {"seg_max": self.seg_max}),
         )
 
-    def _make_endpoint(self) -> tuple[Listener | Transport, str]:
-        """What to serve on, and its name for a person."""
+    def _inherited(self) -> tuple[str, Listener | Transport | None, Listener | None]:
+        """What to serve on, for a person, and the sockets for disk and control that this process was started with."""
         if self.socket is not None and self.fd is not None:
             raise UsageError("--fd", f"it excludes {self.socket_option}", "Use one of the two")
         if self.fd is not None:
-            return adopt(self.fd), f"file descriptor {self.fd}"
+            return f"file descriptor {self.fd}", adopt(self.fd), None
         if self.socket is not None:
-            return listen(self.socket, mode=self.socket_mode, group=self.socket_group), self.socket
+            return self.socket, None, None
         passed = systemd.passed_fds()
         if len(passed) != 1:
             cause = f"the service manager passed {len(passed)} instead of one" if passed else "none is named"
             raise UsageError(
                 "socket", cause, f"Say {self.socket_option} PATH or --fd N, or use one systemd socket unit"
             )
-        return adopt(passed[0].fd), f"the service manager's socket {passed[0].name}"
+        return f"the service manager's socket {passed[0].name}", adopt(passed[0].fd), None
 
-    def _make_control(self, device: BlockDevice) -> ControlServer | None:
-        path = self.control if self.control is not None else self._default_control()
-        if path is None or path == NO_CONTROL:
+    def _place(self, endpoint: Listener | Transport | None) -> str:
+        """Where front-ends find it, however that came about: what those who read one image for them go by."""
+        return written(self.socket) if self.socket is not None else endpoint.place if endpoint is not None else ""
+
+    def _take_over(self) -> tuple[str, Listener, Listener]:
+        """Have the running server come to rest and end, once everything that can be tried before was tried."""
+        from vhostuser.handover import Predecessor  # only here
+
+        path = self._control_path()
+        if self.fd is not None or path is None:
+            raise UsageError(
+                "--upgrade", "it needs the control socket of the running server",
+                "Start this one with --socket or --control as the running one was",
+            )  # fmt: skip
+        with closing(Predecessor(path, timeout_s=self.stop_timeout)) as predecessor:
+            with self._open_disk("", lock=False) as disk, closing(self._make_device(disk)) as device:
+                if disk.volatile:
+                    raise UsageError(disk.name, "its content ends with the running server", "Serve a file instead")
+                predecessor.check(device)
+            disk_socket, control = predecessor.take_over(self.socket)
+        return f"{disk_socket.place}, taken over", disk_socket, control
+
+    def _answering(
+        self, control: Listener, device: BlockDevice, server: Server, endpoint: Listener | Transport
+    ) -> ControlServer:
+        from vhostuser.control import ControlServer  # not needed without one
+        from vhostuser.handover import Handover
+        from vhostuser.methods import disk_methods
+
+        methods = disk_methods(device, version=version("vhostuser"))
+        if isinstance(endpoint, Listener):
+            methods |= Handover(device.name, server, endpoint, control).methods()
+        return ControlServer(control, methods)
+
+    def _stop(self, name: str, server: Server, listeners: list[Listener], limit: Limit) -> None:
+        """A signal asks for the end. What storage does not answer in time is left, in the in-flight region if there is
+        one, and then the wait is short: whoever comes next waits for the image and does it again."""
+        kept = server.recoverable
+        seconds = min(self.stop_timeout, LEAVE_AFTER_S) if kept else self.stop_timeout
+
+        def give_up() -> None:
+            """The connection stays open until the process has ended: nobody comes next before that."""
+            left = server.in_flight
+            where = "stay in the in-flight region" if kept else "are lost, for the front-end keeps no in-flight region"
+            say = log.info if kept else log.error
+            say("%s: stopped after %g s; %d requests that storage has not answered %s", name, seconds, left, where)
+            for listener in listeners:
+                listener.remove_file()
+            end_here(1 if left and not kept else 0)
+
+        systemd.notify(systemd.STOPPING)
+        limit.start(seconds, give_up)
+        server.stop()
+
+    def _control_path(self) -> str | None:
+        if self.control == NO_CONTROL:
             return None
-        from vhostuser.control import ControlServer, disk_methods  # not needed without one
-
-        return ControlServer(listen(path, mode=0o600), disk_methods(device, version=version("vhostuser")))
+        return self.control if self.control is not None else self._default_control()
 
     def _default_control(self) -> str | None:
         """Beside the disk's socket; none, and a line in the log, where that cannot be."""
@@ -141,54 +226,6 @@ class Service:
         return path
 
 
-class Signals:
-    """Turns signals into bytes on a socket, so that one thread can wait for them and for the server's end."""
-
-    ENDED = b"\0"
-
-    def __init__(self) -> None:
-        self._inside, self._outside = socket.socketpair()
-        self._outside.setblocking(False)
-        self._before: dict[signal.Signals, object] = {}
-
-    def __enter__(self) -> Signals:
-        signal.set_wakeup_fd(self._outside.fileno(), warn_on_full_buffer=False)
-        for number in (*STOPS, signal.SIGHUP):
-            self._before[number] = signal.signal(number, lambda _number, _frame: None)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.set_wakeup_fd(-1)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal() returned fits signal()
-        self._inside.close()
-        self._outside.close()
-
-    def server_ended(self) -> None:
-        """Ends `obey`. Any thread."""
-        self._outside.send(self.ENDED)
-
-    def obey(self, device: BlockDevice, server: Server) -> None:
-        """Wait for the server's end.
-
-        SIGHUP looks at the size again; SIGTERM and SIGINT stop, and a second one ends the process where it is.
-        """
-        stopping = False
-        while True:
-            for number in self._inside.recv(64):
-                if number == 0:
-                    return
-                if number == signal.SIGHUP:
-                    refresh(device)
-                elif stopping:
-                    log.warning("%s: ends at once, storage may still work", device.name)
-                    os._exit(128 + number)
-                else:
-                    stopping = True
-                    systemd.notify(systemd.STOPPING)
-                    server.stop()
-
-
 def refresh(device: BlockDevice) -> None:
     """SIGHUP: the storage may have another size now."""
     try:
@@ -196,6 +233,32 @@ def refresh(device: BlockDevice) -> None:
             log.info("%s: the size is what it was, %d bytes", device.name, device.size)
     except (OperatorError, OSError) as error:
         log.error("%s: its size could not be read again: %s", device.name, error)
+
+
+@contextmanager
+def turning_away(endpoint: Listener | Transport | None) -> Iterator[None]:
+    """After a second of this, closes every connection to ``endpoint``, if that listens: a hypervisor whose connection
+    is left waiting stops its whole guest for it, and tries again by itself when it is closed."""
+    if not isinstance(endpoint, Listener):
+        yield
+        return
+    with Fd(os.eventfd(0, os.EFD_CLOEXEC)) as over:
+
+        def run() -> None:
+            if select.select([over.fileno()], [], [], QUIET_S)[0]:
+                return
+            watched = [endpoint.fileno(), over.fileno()]
+            while over.fileno() not in select.select(watched, [], [])[0]:
+                endpoint.accept().close()
+                log.info("a front-end was turned away: the image is still waited for")
+
+        thread = threading.Thread(target=run, name="turning away")
+        thread.start()
+        try:
+            yield
+        finally:
+            os.eventfd_write(over.fileno(), 1)
+            thread.join()
 
 
 @contextmanager

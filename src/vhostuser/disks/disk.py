@@ -74,6 +74,11 @@ class Disk(ABC):
     concurrency: int = 1
     writeback: bool = True
     """Whether the guest finds its write cache on at first."""
+    volatile: bool = False
+    """Whether the content ends with this process."""
+    fenced: bool = True
+    """Whether nobody can open the storage like this before the last request of the one before has ended, even of a
+    process that was killed."""
 
     @property
     @abstractmethod

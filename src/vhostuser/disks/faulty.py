@@ -74,6 +74,8 @@ class FaultyDisk(NativeDisk):
         self._engine: EngineSpec | None = inner.with_faults(**asdict(faults))
         self.capabilities = disk.capabilities
         self.writeback = disk.writeback
+        self.volatile = disk.volatile
+        self.fenced = disk.fenced
 
     @property
     def name(self) -> str:

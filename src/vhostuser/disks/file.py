@@ -45,6 +45,7 @@ class FileDisk(NativeDisk):
         self._direct = cache == "none"
         self.writeback = cache != "writethrough"
         self._is_device = self._kind()
+        self.fenced = lock
         patience = Patience(self._path, lock_timeout_s)
         self._fd = self._open(read_only, lock, patience)
         try:

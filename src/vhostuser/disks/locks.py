@@ -84,8 +84,9 @@ class Patience:
 def lock_image(fd: int, path: str, *, writable: bool, patience: Patience | None = None, place: str = "") -> None:
     """Lock the image behind ``fd`` for us, or raise `OperatorError` when another program uses it.
 
-    Blocks for as long as ``patience`` lasts, a second when there is none. The lock belongs to the open file description: it ends when ``fd``, its
-    duplicates and the requests inside the kernel have all ended. ``place``: what a reader serves on, if anything.
+    Blocks for as long as ``patience`` lasts, a second when there is none. The lock belongs to the open file
+    description: it ends when ``fd``, its duplicates and the requests inside the kernel have all ended. ``place``: what
+    a reader serves on, if anything.
     """
     patience = patience or Patience(path, QUIET_S)
     try:

@@ -14,6 +14,8 @@ class MemoryDisk(NativeDisk):
         Capability.WRITE | Capability.FLUSH | Capability.DISCARD | Capability.WRITE_ZEROES | Capability.RESIZE
     )
 
+    volatile = True
+
     def __init__(self, size: int, *, read_only: bool = False) -> None:
         """Raises `UsageError` for a size below one sector, `OSError` when there is no address space for it."""
         self._size = _checked("memory", size)
