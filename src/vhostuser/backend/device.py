@@ -88,6 +88,11 @@ class Device(ABC):
         return PROTOCOL_FEATURES if self.has_config else PROTOCOL_FEATURES & ~ProtocolFeature.CONFIG
 
     @property
+    def fenced(self) -> bool:
+        """Whether no two devices can work on its storage, nor one before the last request of a killed one has ended."""
+        return True
+
+    @property
     def num_queues(self) -> int:
         """How many rings it has, 1 to 256."""
         return self.queues.num_queues

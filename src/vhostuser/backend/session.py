@@ -12,12 +12,12 @@ import select
 import selectors
 import threading
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from vhostuser._native import GuestMemory, InflightRegion
+from vhostuser._native import GuestMemory
 from vhostuser.backend.device import ConfigNotice, Device
 from vhostuser.backend.hints import SHARE_HINT, SharingCheck
+from vhostuser.backend.inflight import make_region, take_region
 from vhostuser.backend.news import News
 from vhostuser.backend.vrings import Vrings
 from vhostuser.errors import (
@@ -116,7 +116,7 @@ class Session:
     @property
     def recoverable(self) -> bool:
         """Whether requests that are never answered stay in a region of the front-end. Any thread."""
-        return getattr(self._rings, "inflight", None) is not None
+        return self._rings.inflight is not None
 
     @property
     def at_rest(self) -> bool:
@@ -223,7 +223,7 @@ class Session:
         """
         match message:
             case Message(Req.GET_INFLIGHT_FD, Inflight() as wanted):
-                return self._make_inflight(wanted)
+                return make_region(self._device, wanted)
         reply = self._obey(message)
         return None if reply is None else (reply, ())
 
@@ -269,10 +269,8 @@ class Session:
                 rings.set_enable(index, bool(num))
             case Message(Req.GET_VRING_BASE, VringState(index)):
                 return VringState(index, rings.get_base(index))
-            case Message(Req.SET_INFLIGHT_FD, Inflight(size, offset, num_queues, queue_size), (fd,)):
-                rings.inflight = InflightRegion(
-                    fd.fileno(), offset=offset, size=size, num_queues=num_queues, queue_size=queue_size
-                )
+            case Message(Req.SET_INFLIGHT_FD, Inflight() as told, (fd,)):
+                rings.inflight = take_region(device, told, fd)
             case Message(Req.SET_BACKEND_REQ_FD, _, (fd,)):
                 self._news.open(fd.duplicate())
             case Message(Req.GET_CONFIG, Config(offset, size, flags)):
@@ -291,13 +289,6 @@ class Session:
             case _:
                 self._ignore(message)
         return None
-
-    def _make_inflight(self, wanted: Inflight) -> tuple[Payload, tuple[Fd, ...]]:
-        """GET_INFLIGHT_FD: a region of zeroes. The front-end keeps it, and says with SET_INFLIGHT_FD when to use it."""
-        if wanted.num_queues > self._device.num_queues or wanted.queue_size > self._device.max_queue_size:
-            raise SetupError(f"{wanted.num_queues} queues of {wanted.queue_size} are more than the device has")
-        region = InflightRegion.create(wanted.num_queues, wanted.queue_size)
-        return replace(wanted, mmap_size=region.size, mmap_offset=0), (Fd(os.dup(region.fd)),)
 
     def _ignore(self, message: Message[Fd]) -> None:
         """A request that is in no specification we know: the peer is told when it asked, and may go on in any case."""

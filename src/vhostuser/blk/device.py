@@ -110,6 +110,11 @@ class BlockDevice(Device):
         return self._queues
 
     @property
+    def fenced(self) -> bool:
+        """Whether the disk is locked, or ends with this process."""
+        return self._disk.fenced
+
+    @property
     def size(self) -> int:
         """What the guest sees, in bytes: whole logical blocks. Any thread."""
         return self._num_sectors * SECTOR
