@@ -118,6 +118,17 @@ pub struct ClientQueue {
 impl ClientQueue {
     /// A fresh queue in `map`, whose first byte has the guest address `base`.
     pub fn new(map: Arc<Mapping>, base: u64, layout: ClientLayout, features: u64) -> Result<Self, DriverError> {
+        Self::starting_at(map, base, layout, features, 0)
+    }
+
+    /// The same with a ring whose indices start at `first`.
+    pub fn starting_at(
+        map: Arc<Mapping>,
+        base: u64,
+        layout: ClientLayout,
+        features: u64,
+        first: u16,
+    ) -> Result<Self, DriverError> {
         let size = usize::from(layout.size);
         let slice = |at, len| GuestSlice::new(Arc::clone(&map), at, len);
         let areas = Areas {
@@ -129,7 +140,7 @@ impl ClientQueue {
         let tables = if features & feature::INDIRECT_DESC == 0 { 0 } else { size };
         let table = |slot| slice(layout.tables() + layout.table_len() * slot, layout.table_len());
         Ok(Self {
-            ring: DriverRing::new(areas, features, 0)?,
+            ring: DriverRing::new(areas, features, first)?,
             slots: slice(layout.slots(), SLOT_LEN * size)?,
             tables: (0..tables).map(table).collect::<Result<_, _>>()?,
             layout,

@@ -5,6 +5,8 @@ pub mod eventfd;
 pub mod fd;
 pub mod memfd;
 pub mod poll;
+#[cfg(feature = "steps")]
+pub mod process;
 pub mod sigbus;
 pub mod storage;
 pub mod thread;
