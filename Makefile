@@ -7,7 +7,7 @@ export PYTHON
 
 NATIVE_SOURCES := $(shell find native \( -name target -o -name fuzz -o -name peers \) -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
 
-.PHONY: all help demo build format lint test test-native guest interop bench docs fuzz oracle mutants packages clean
+.PHONY: all help demo build format lint test test-native guest interop bench docs fuzz oracle mutants kills packages clean
 .DELETE_ON_ERROR:
 
 all: format build lint test
@@ -27,6 +27,7 @@ help:
 	@echo 'make fuzz         the fuzz targets, FUZZ_SECONDS (60) each'
 	@echo 'make oracle       the native ring against a slow one in Python, millions of steps (minutes)'
 	@echo 'make mutants      plants mistakes into the ring code; the oracle has to find each (half an hour)'
+	@echo 'make kills        kills back-ends at every step and KILLS (10000) times at random, and plants mistakes (half an hour)'
 	@echo 'make clean        removes what the other targets made'
 
 # -- building ---------------------------------------------------------------------------------------------------------
@@ -74,6 +75,7 @@ test: build packages
 test-native:
 	@tools/check-rust
 	$(CARGO) test --quiet --locked --profile quick -p vhostuser-core
+	$(CARGO) test --quiet --locked --profile quick -p vhostuser-kill
 
 guest: build packages
 	$(BIN)/pytest -m guest tests/guest tests/backend
@@ -105,6 +107,16 @@ oracle: build
 
 mutants: build
 	@$(BIN)/python tools/mutants
+
+# Native back-ends by the thousand, whole Python processes by the hundred, storage that outlives them; then the same with
+# mistakes planted, each of which has to be found.
+KILLS ?= 10000
+kills: build
+	$(CARGO) build --quiet --locked --profile quick -p vhostuser-kill
+	nice native/target/quick/vhostuser-kill table
+	nice native/target/quick/vhostuser-kill random kills=$(KILLS)
+	nice $(BIN)/pytest -m kills tests/survival
+	nice $(BIN)/python tools/kill-mutants
 
 # -- documentation ----------------------------------------------------------------------------------------------------
 

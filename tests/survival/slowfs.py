@@ -1,8 +1,8 @@
 """A file system with one file, whose writes end when the test says so: storage that outlives the process that used it.
 
-It speaks the kernel's FUSE protocol (linux/fuse.h, version 7.31) over /dev/fuse, with nothing in between. The one file,
-``disk.img``, lives in this process. Every write reaches it around the page cache, many at a time; it is *applied* at the
-moment it is answered, so a write that is held is one still in flight. Reads are answered at once.
+It speaks the kernel's FUSE protocol (linux/fuse.h, version 7.31) over /dev/fuse, with nothing in between. The one
+file, ``disk.img``, lives in this process. Every write reaches it around the page cache, many at a time; it is *applied*
+at the moment it is answered, so a write that is held is one still in flight. Reads are answered at once.
 
 Needs the right to mount. Touches /dev/fuse, one mount point, one thread of its own.
 ``python -m tests.survival.slowfs --delay-ms 20 COMMAND...`` runs a command with ``{}`` replaced by the file's path,

@@ -3,11 +3,17 @@
 //! With the cargo feature `steps` and `VHOSTUSER_STEP=name:count` in the environment, the process kills itself when
 //! it passes the point `name` for the `count`-th time, counted from 1.
 
-/// Passes a named point; nothing without the feature `steps`.
+/// Passes a named point, always or `if` something was done there; nothing without the feature `steps`.
 macro_rules! step {
     ($name:literal) => {
         #[cfg(feature = "steps")]
         $crate::step::pass($name);
+    };
+    ($name:literal, if $done:expr) => {
+        #[cfg(feature = "steps")]
+        if $done {
+            $crate::step::pass($name);
+        }
     };
 }
 
@@ -35,7 +41,7 @@ mod armed {
     pub(crate) fn pass(name: &str) {
         if let Some(step) = step().filter(|step| step.name == name) {
             if step.left.fetch_sub(1, Ordering::Relaxed) == 1 {
-                crate::sys::thread::kill_process();
+                crate::sys::process::kill_process();
             }
         }
     }

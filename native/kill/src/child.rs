@@ -104,7 +104,6 @@ fn open(path: &str, shape: Shape, fence: bool) -> Result<Spec, String> {
     Spec::file(file.into(), options).map_err(say)
 }
 
-
 fn with_delay(spec: Spec, shape: Shape, seed: u64) -> std::io::Result<Spec> {
     if shape.delay.is_zero() {
         return Ok(spec);

@@ -1,5 +1,6 @@
 //! The driver: rings and buffers in shared memory, requests, and what it holds against their answers.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -80,6 +81,8 @@ struct Lane {
     data: Vec<GuestSlice>,
     submitted: u64,
     answered: u64,
+    /// Requests that are answered in the order in which they were made.
+    in_order: VecDeque<u16>,
 }
 
 /// The driver of one disk. Its rings live as long as it does, whoever serves them.
@@ -118,7 +121,8 @@ impl Host {
             let data = (0..shape.size).map(slice).collect::<Result<_, _>>().map_err(DriverError::from)?;
             let jobs = (0..shape.size).map(|_| None).collect();
             let free = (0..shape.size).rev().collect();
-            lanes.push(Lane { queue, kick, call, jobs, free, data, submitted: 0, answered: 0 });
+            let in_order = VecDeque::new();
+            lanes.push(Lane { queue, kick, call, jobs, free, data, submitted: 0, answered: 0, in_order });
         }
         let (disk, chance) = (Disk::new(SECTORS), Chance::new(seed));
         let dying = Vec::new();
@@ -213,6 +217,29 @@ impl Host {
         Ok(true)
     }
 
+    /// Sends `count` requests that are answered without storage, through the first ring.
+    pub(crate) fn ask_ids(&mut self, count: usize) -> Result<(), Trouble> {
+        for _ in 0..count {
+            let lane = &mut self.lanes[0];
+            let Some(slot) = lane.free.pop() else { return violation("the ring is full".into()) };
+            let data = [Piece { addr: BASE + self.shape.data(0, slot) as u64, len: 20 }];
+            lane.queue.submit(&ClientRequest {
+                kind: T_GET_ID,
+                sector: 0,
+                data: &data,
+                writable: true,
+                token: u64::from(slot),
+            })?;
+            lane.jobs[usize::from(slot)] = Some(Job::GetId);
+            lane.in_order.push_back(slot);
+            lane.submitted += 1;
+        }
+        if self.lanes[0].queue.publish()? {
+            self.lanes[0].kick.signal();
+        }
+        Ok(())
+    }
+
     /// Takes what was answered, and judges it.
     pub(crate) fn reap(&mut self) -> Result<usize, Trouble> {
         let mut count = 0;
@@ -225,6 +252,9 @@ impl Host {
                 };
                 if status != 0 {
                     return violation(format!("{job:?} was answered with status {status:#x}"));
+                }
+                if lane.in_order.pop_front().is_some_and(|first| usize::from(first) != slot) {
+                    return violation(format!("request {token} was replayed before one that came first"));
                 }
                 let mut bytes = vec![0; DATA];
                 lane.data[slot].as_iovec().copy_to(&mut bytes);

@@ -23,8 +23,8 @@ use std::time::Instant;
 
 use host::Trouble;
 use run::Tally;
-use shape::Words;
-use states::{states, State, BEGIN_STEPS, RECOVER_STEPS, STEPS};
+use shape::{Storage, Words};
+use states::{states, State, BEGIN_STEPS, RECOVER_STEPS, STEPS, SYSCALL_STEP};
 
 /// Back-ends that one host loses before everything is checked and fresh rings are made.
 const ROUND: u64 = 40;
@@ -106,7 +106,8 @@ fn told(trouble: Trouble) -> String {
 fn table(words: &Words) -> Result<(), String> {
     let setting = Setting::of(words)?;
     let states = setting.states();
-    let steps = STEPS.into_iter().chain(BEGIN_STEPS).chain(RECOVER_STEPS);
+    let recover = RECOVER_STEPS.map(|(step, _)| step);
+    let steps = STEPS.into_iter().chain([SYSCALL_STEP]).chain(BEGIN_STEPS).chain(recover);
     let (started, mut kills) = (Instant::now(), 0);
     print!("| step |");
     states.iter().for_each(|state| print!(" {} |", state.name));
@@ -116,6 +117,10 @@ fn table(words: &Words) -> Result<(), String> {
     for step in steps.filter(|step| among(&setting.steps, step)) {
         print!("| {step} |");
         for state in &states {
+            if step == SYSCALL_STEP && state.shape.storage != Storage::Syscalls {
+                print!(" - |");
+                continue;
+            }
             let killed = run::kill_at(step, state, &setting.image, setting.seed, setting.fence)
                 .map_err(|trouble| format!("step {step}, state {}: {}", state.name, told(trouble)))?;
             if killed == 0 {
@@ -125,6 +130,13 @@ fn table(words: &Words) -> Result<(), String> {
             print!(" {killed} |");
         }
         println!();
+    }
+    if setting.steps.is_empty() && setting.states.is_empty() {
+        for seed in 0..10 {
+            kills += run::kill_in_order(&setting.image, setting.seed + seed, setting.fence)
+                .map_err(|trouble| format!("order of the replay, seed {}: {}", setting.seed + seed, told(trouble)))?;
+        }
+        println!("\nRequests are replayed in the order in which they were made.");
     }
     println!("\n{kills} kills, every request exactly once, in {:.1} s", started.elapsed().as_secs_f64());
     Ok(())

@@ -5,10 +5,13 @@ use std::time::{Duration, Instant};
 
 use crate::backend::Backend;
 use crate::host::{Host, Trouble};
-use crate::states::{State, BEGIN_STEPS, RECOVER_STEPS};
+use crate::model::Violation;
+use crate::states::{order_state, State, BEGIN_STEPS, RECOVER_STEPS};
 
 /// Answers after which a step that has not come will not come.
 const BUDGET: u64 = 5000;
+/// Requests that are answered in order.
+const IDS: usize = 10;
 /// Answers that the last back-end of a run gives before it is over.
 const AFTERWARDS: u64 = 60;
 
@@ -47,9 +50,8 @@ pub(crate) fn kill_at(step: &str, state: &State, image: &Path, seed: u64, fence:
     // A ring begins once.
     let passes = if BEGIN_STEPS.contains(&step) { &[1] } else { state.passes };
     for &pass in passes {
-        if RECOVER_STEPS.contains(&step) {
-            // There is something to recover from only when a batch was left half given back.
-            die_at(&mut host, state, "used_idx", pass)?;
+        if let Some((_, before)) = RECOVER_STEPS.iter().find(|(name, _)| *name == step) {
+            die_at(&mut host, state, before, pass)?;
             kills += u64::from(die_at(&mut host, state, step, 1)?);
         } else {
             kills += u64::from(die_at(&mut host, state, step, pass)?);
@@ -67,6 +69,32 @@ pub(crate) fn kill_at(step: &str, state: &State, image: &Path, seed: u64, fence:
     Ok(kills)
 }
 
+/// Kills two back-ends with requests under way that the third answers in the order in which they were made: they are
+/// answered without storage, so that nothing but the replay decides the order. Returns the kills.
+pub(crate) fn kill_in_order(image: &Path, seed: u64, fence: bool) -> Result<u64, Trouble> {
+    let state = order_state();
+    let mut host = Host::new(state.shape, image, seed, fence)?;
+    // Storage that answers in any order leaves the free descriptors in any order too.
+    let mut backend = host.start(None)?;
+    drive(&mut host, &mut backend, &state, BUDGET / 10)?;
+    host.finish(&mut backend)?;
+    host.kill(backend, false)?;
+    for _ in 0..2 {
+        host.ask_ids(IDS)?;
+        let mut backend = host.start(Some("submitted:1"))?;
+        while !host.wait(&backend, None)? {
+            if host.reap()? > 0 {
+                return Err(Violation("an answer came before it was published".into()).into());
+            }
+        }
+        host.killed(backend.wait()?)?;
+    }
+    let mut backend = host.start(None)?;
+    host.finish(&mut backend)?;
+    host.check(backend)?;
+    Ok(2)
+}
+
 /// What a number of random kills came to.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Tally {
@@ -79,7 +107,13 @@ pub(crate) struct Tally {
 }
 
 /// Kills `kills` back-ends of one host, each at any moment, and checks everything at the end.
-pub(crate) fn kill_at_random(kills: u64, state: &State, image: &Path, seed: u64, fence: bool) -> Result<Tally, Trouble> {
+pub(crate) fn kill_at_random(
+    kills: u64,
+    state: &State,
+    image: &Path,
+    seed: u64,
+    fence: bool,
+) -> Result<Tally, Trouble> {
     let mut host = Host::new(state.shape, image, seed, fence)?;
     let mut tally = Tally { kills, ..Tally::default() };
     for _ in 0..kills {
@@ -123,7 +157,7 @@ fn spend(host: &mut Host, backend: &mut Backend, state: &State, until: Instant) 
         host.reap()?;
         host.fill(state.depth)?;
         if host.wait(backend, Some(left))? {
-            return Ok(host.killed(backend.wait()?)?);
+            return host.killed(backend.wait()?);
         }
     }
 }

@@ -22,8 +22,12 @@ pub(crate) const STEPS: [&str; 13] = [
 ];
 /// Those of a ring whose region nobody has used.
 pub(crate) const BEGIN_STEPS: [&str; 2] = ["begin_used_idx", "begin_version"];
-/// Those of a ring whose predecessor died with a batch half given back.
-pub(crate) const RECOVER_STEPS: [&str; 2] = ["recover_cleared", "recover_used_idx"];
+/// Those of a ring that has had a predecessor, each with the step at which that one dies first: with a batch half given
+/// back, or with requests under way.
+pub(crate) const RECOVER_STEPS: [(&str, &str); 4] =
+    [("recover_cleared", "used_idx"), ("recover_used_idx", "used_idx"), ("recovered", "begun"), ("replayed", "begun")];
+/// That of a thread which makes system calls on storage, where there is one.
+pub(crate) const SYSCALL_STEP: &str = "stored";
 
 /// A state of the rings.
 #[derive(Clone, Copy, Debug)]
@@ -75,4 +79,10 @@ pub(crate) fn states() -> Vec<State> {
             ..state
         },
     ]
+}
+
+/// The state in which the order of a replay is looked at.
+pub(crate) fn order_state() -> State {
+    let wrap = State { depth: 20, ..states()[2] };
+    State { shape: Shape { delay: Duration::from_micros(100), ..wrap.shape }, ..wrap }
 }

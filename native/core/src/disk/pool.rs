@@ -133,6 +133,7 @@ impl Shared {
             if let Some(mut transfer) = work.queue.pop_front() {
                 drop(work);
                 carry_out(&mut transfer, &self.target, &mut buffer);
+                step!("stored");
                 self.give_back(transfer);
                 work = lock(&self.work);
             } else if work.stop {

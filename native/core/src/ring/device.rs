@@ -80,6 +80,7 @@ impl DeviceRing {
             }
         };
         self.tracking = Some(Tracking { region, replay, batch });
+        step!("recovered", if recovered);
         Ok(recovered)
     }
 
@@ -145,6 +146,7 @@ impl DeviceRing {
     pub fn take(&mut self, memory: &GuestMemory, chain: &mut Chain) -> Result<bool, Broken> {
         if let Some(head) = self.tracking.as_mut().and_then(|tracking| tracking.replay.pop_front()) {
             self.begin(head, memory, chain)?;
+            step!("replayed");
             return Ok(true);
         }
         if !self.has_available()? {

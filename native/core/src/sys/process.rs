@@ -1,4 +1,5 @@
-//! For the kill harness: a child that inherits descriptors, ends with its parent, and waits for an image.
+//! For tests that kill: a process that ends where it is; a child that inherits descriptors, ends with its parent, and
+//! waits for an image. Nothing of it is in a release.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -31,4 +32,11 @@ pub fn lock_file(fd: RawFd) -> io::Result<()> {
     lock.l_len = 1;
     // SAFETY: the kernel reads a structure of this type.
     check(unsafe { libc::fcntl(fd, libc::F_OFD_SETLKW, &raw const lock) }).map(drop)
+}
+
+/// Ends the process where it is, as SIGKILL from outside would.
+pub(crate) fn kill_process() -> ! {
+    // SAFETY: takes no pointers.
+    unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
+    unreachable!("SIGKILL cannot be survived")
 }

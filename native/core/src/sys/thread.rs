@@ -63,11 +63,3 @@ mod tests {
         assert_eq!(mask & bit(libc::SIGBUS), 0);
     }
 }
-
-/// Ends the process where it is, as SIGKILL from outside would.
-#[cfg(feature = "steps")]
-pub(crate) fn kill_process() -> ! {
-    // SAFETY: takes no pointers.
-    unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
-    unreachable!("SIGKILL cannot be survived")
-}

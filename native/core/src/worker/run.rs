@@ -99,9 +99,9 @@ impl<S: Serve> Worker<S> {
             }
         }
         self.serve.engine().kick()?;
-        step!("submitted");
+        step!("submitted", if busy);
         self.serve.finish_batch(&mut self.finished);
-        step!("reaped");
+        step!("reaped", if !self.finished.is_empty());
         busy |= !self.finished.is_empty();
         for finished in self.finished.drain(..) {
             if let Some(served) = &mut self.rings[usize::from(finished.ring)] {
