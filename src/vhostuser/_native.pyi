@@ -107,12 +107,15 @@ class EngineSpec:
         error_read: float = 0.0,
         error_write: float = 0.0,
         error_flush: float = 0.0,
+        errno: int = 5,
+        error_limit: int | None = None,
         seed: int = 0,
     ) -> EngineSpec:
         """The same storage made slow and unreliable on purpose.
 
         Each request is held for 0.5 to 1.5 times its delay, so that requests end out of order; `error_*` is the share
-        of requests, 0..1, that fail with EIO (a failed write stores nothing). Discards and zeroes count as writes.
+        of requests, 0..1, that fail with `errno` (a failed write stores nothing), until `error_limit` of them have.
+        Discards and zeroes count as writes. Raises `OSError` for numbers that make no sense.
         """
 
     def resize(self, size: int) -> None:
@@ -127,10 +130,29 @@ class Event:
     """Something a worker wants its session to know."""
 
     kind: str
-    """One of "ring_broken", "memory_lost", "flush_failed", "worker_failed"."""
+    """One of "ring_broken", "memory_lost", "flush_failed", "request_held", "request_retried", "requests_settled",
+    "worker_failed"."""
     index: int | None
     """The ring concerned."""
     reason: str
+
+@final
+class InFlight:
+    """A request that was taken and not answered."""
+
+    queue: int
+    head: int
+    kind: str
+    """One of "read", "write", "flush", "discard", "write_zeroes", "get_id", "other"."""
+    sector: int
+    """Where on the disk, in units of 512 bytes; of several ranges the first."""
+    bytes: int
+    age_us: int
+    """Microseconds since it was taken."""
+    state: str
+    """One of "storage", "held", "retrying"."""
+    errno: int
+    """What storage said when it failed last; 0 for a request that has not failed."""
 
 class Queues:
     """The rings of one device and the workers that serve them. Used from one thread (the session's), unless noted.
@@ -141,7 +163,8 @@ class Queues:
     def num_queues(self) -> int: ...
     def set_memory(self, memory: GuestMemory, timeout_s: float = 30.0) -> None:
         """Changes the memory under all rings. Waits until no operation uses the old one; started rings are
-        looked up again and one that lies outside is broken. Raises `DrainTimeout`."""
+        looked up again and one that lies outside is broken. Requests that storage failed and that are kept are answered
+        with an error after `timeout_s`. Raises `DrainTimeout`."""
 
     def start(
         self,
@@ -170,10 +193,14 @@ class Queues:
         wrong: size, alignment, outside of memory, already started, unfit descriptor) and leaves the ring stopped.
         """
 
-    def stop(self, index: int, timeout_s: float = 30.0, *, leave: bool = False) -> int:
+    def stop(
+        self, index: int, timeout_s: float = 30.0, *, leave: bool = False, kept_timeout_s: float | None = None
+    ) -> int:
         """Stops ring `index` and returns its next available index. Waits until every taken chain is used; with `leave`
-        what storage has not been given yet stays in the in-flight region instead, for whoever serves the ring next.
-        A broken ring answers its base. Raises `DrainTimeout`, `SetupError` when it was not started."""
+        what storage has not been given yet, or has failed and is kept, stays in the in-flight region instead, for
+        whoever serves the ring next. Requests that are kept are answered with an error after `kept_timeout_s`
+        (`timeout_s` when None). A broken ring answers its base. Raises `DrainTimeout`, `SetupError` when it was not
+        started."""
 
     def enable(self, index: int, enabled: bool) -> None:
         """Lets a started ring run or rest. After disabling nothing more is taken; what was taken still completes.
@@ -194,6 +221,10 @@ class Queues:
     def stats(self) -> list[dict[str, int]]:
         """One dictionary per queue, from any thread, stopping nothing: see `docs/operate/statistics.md` for the
         keys."""
+
+    def in_flight(self) -> list[InFlight]:
+        """The requests in flight, queue by queue, each queue's oldest first. From any thread, stopping nothing: one
+        that ends meanwhile may be missing."""
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Stops all rings and ends the workers once storage has answered. Raises `DrainTimeout` (the workers then end
@@ -222,12 +253,35 @@ class BlockQueues(Queues):
         max_discard_seg: int = 0,
         max_write_zeroes_sectors: int = 0,
         max_write_zeroes_seg: int = 0,
-    ) -> Self: ...
+        on_error: str = "report",
+        on_enospc: str = "report",
+        retry_for_s: float | None = None,
+    ) -> Self:
+        """`on_error`, and `on_enospc` for ENOSPC and EDQUOT, say what becomes of a request that storage fails: "report"
+        answers it with an error, "retry" submits it again (pauses of 0.1 s, doubled up to 10 s; answered when the next
+        attempt would come later than `retry_for_s` after its first failure), "hold" keeps it until `retry` or `fail` is
+        called. A FLUSH, and a write that failed while the page cache was synced, are answered in any case."""
+
     def set_num_sectors(self, num_sectors: int) -> None:
         """The bound for every request taken from now on. From any thread."""
 
     def set_writeback(self, writeback: bool) -> None:
         """False: a write completes only once it is on stable storage. From any thread."""
+
+    def set_rate_limit(self, iops: int, bps: int) -> None:
+        """From now on takes at most so many requests, and so many bytes of reads and writes, a second over all rings,
+        after a rest a tenth of that at once; 0 for no limit. What is not taken stays in its ring. From any thread."""
+
+    @property
+    def rate_limit(self) -> tuple[int, int]:
+        """Requests and bytes a second; 0 for no limit."""
+
+    def retry(self, queue: int | None = None, head: int | None = None, *, timeout_s: float = 10.0) -> int:
+        """Submits requests that storage failed and that are kept ("held", or "retrying" in a pause) again now: the one
+        named, or all. Returns how many. From any thread; waits for the workers, not for storage."""
+
+    def fail(self, queue: int | None = None, head: int | None = None, *, timeout_s: float = 10.0) -> int:
+        """Answers such requests with an error. Otherwise like `retry`."""
 
     @property
     def flush_failed(self) -> bool:

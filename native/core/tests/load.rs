@@ -49,7 +49,7 @@ fn run(host: &mut Host, features: u64, spec: LoadSpec) -> Result<LoadResult, Loa
     let data = GuestSlice::new(Arc::clone(&host.map), DATA, 16 * 4096).unwrap();
     let place = Place { data, addr: GUEST + DATA as u64 };
     let result = load::run(&mut queue, &place, kick.as_fd(), call.as_fd(), &AtomicBool::new(false), spec);
-    host.queues.stop(0, StopMode::Finish, LIMIT).unwrap();
+    host.queues.stop(0, StopMode::Finish, LIMIT, LIMIT).unwrap();
     result
 }
 

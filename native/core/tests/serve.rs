@@ -183,7 +183,7 @@ fn a_broken_ring_costs_no_other_ring() {
         assert_eq!(events.len(), 1);
         assert_eq!((events[0].kind, events[0].index), (EventKind::RingBroken, Some(0)));
         assert_eq!(good.write(&host, 0, &[1; 512]), 0);
-        assert_eq!(host.queues.stop(0, StopMode::Finish, LIMIT).unwrap(), 0, "a broken ring answers its base");
+        assert_eq!(host.queues.stop(0, StopMode::Finish, LIMIT, LIMIT).unwrap(), 0, "a broken ring answers its base");
         let mut again = host.driver(0, 16, FEATURES);
         assert_eq!(again.read(&host, 0, 512), (0, vec![1; 512]));
     }
@@ -195,8 +195,8 @@ fn a_stopped_ring_goes_on_where_it_was() {
     let mut driver = host.driver(0, 4, FEATURES);
     for round in 0..10u16 {
         assert_eq!(driver.write(&host, 0, &[round as u8; 512]), 0);
-        assert_eq!(host.queues.stop(0, StopMode::Finish, LIMIT).unwrap(), round + 1);
-        assert!(matches!(host.queues.stop(0, StopMode::Finish, LIMIT), Err(QueueError::Setup(_))));
+        assert_eq!(host.queues.stop(0, StopMode::Finish, LIMIT, LIMIT).unwrap(), round + 1);
+        assert!(matches!(host.queues.stop(0, StopMode::Finish, LIMIT, LIMIT), Err(QueueError::Setup(_))));
         host.start(0, 4, FEATURES, round + 1, &driver);
         assert!(matches!(
             host.queues.start(0, host.setup(0, 4, FEATURES, 0), true, Notifiers::default(), None),
@@ -214,7 +214,7 @@ fn a_stopped_ring_has_closed_its_descriptors() {
         let (mut reader, writer) = pipe();
         let notifiers = Notifiers { call: Some(writer), ..Notifiers::default() };
         host.queues.start(0, host.setup(0, 4, FEATURES, 0), true, notifiers, None).unwrap();
-        host.queues.stop(0, StopMode::Finish, LIMIT).unwrap();
+        host.queues.stop(0, StopMode::Finish, LIMIT, LIMIT).unwrap();
         assert_eq!(reader.read(&mut [0]).unwrap(), 0, "nobody can write to it any more");
     }
 }
@@ -333,7 +333,8 @@ fn stopping_waits_for_storage_and_says_so_when_it_takes_too_long() {
         std::thread::yield_now();
     }
     assert!(host.queues.stats()[0].oldest_age_us() < 20_000_000);
-    assert!(matches!(host.queues.stop(0, StopMode::Finish, Duration::from_millis(1)), Err(QueueError::DrainTimeout)));
+    let soon = Duration::from_millis(1);
+    assert!(matches!(host.queues.stop(0, StopMode::Finish, soon, soon), Err(QueueError::DrainTimeout)));
     assert!(matches!(host.queues.close(Duration::from_millis(1)), Err(QueueError::DrainTimeout)));
     host.queues.close(LIMIT).unwrap();
     assert_eq!(driver.ring.reap().unwrap().unwrap().1, 1, "it was answered before the worker left");
@@ -377,7 +378,7 @@ fn many_requests_on_many_rings_all_come_back_right() {
         let stats = host.queues.stats();
         assert!(stats.iter().all(|queue| (queue.get(0), queue.get(1)) == (400, 400)));
         for index in 0..4 {
-            assert_eq!(host.queues.stop(index, StopMode::Finish, LIMIT).unwrap(), 800);
+            assert_eq!(host.queues.stop(index, StopMode::Finish, LIMIT, LIMIT).unwrap(), 800);
         }
     }
 }

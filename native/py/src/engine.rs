@@ -50,7 +50,7 @@ impl EngineSpec {
     }
 
     #[pyo3(signature = (*, delay_read_s = 0.0, delay_write_s = 0.0, delay_flush_s = 0.0, error_read = 0.0,
-        error_write = 0.0, error_flush = 0.0, seed = 0))]
+        error_write = 0.0, error_flush = 0.0, errno = 5, error_limit = None, seed = 0))]
     #[allow(clippy::too_many_arguments)] // keyword arguments of the Python side
     fn with_faults(
         &self,
@@ -60,6 +60,8 @@ impl EngineSpec {
         error_read: f64,
         error_write: f64,
         error_flush: f64,
+        errno: i32,
+        error_limit: Option<u64>,
         seed: u64,
     ) -> PyResult<Self> {
         let faults = Faults {
@@ -69,6 +71,8 @@ impl EngineSpec {
             error_read,
             error_write,
             error_flush,
+            errno,
+            error_limit,
             seed,
         };
         Ok(Self(self.0.with_faults(faults)?))

@@ -22,6 +22,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<inflight::InflightRegion>()?;
     module.add_class::<engine::EngineSpec>()?;
     module.add_class::<queues::Event>()?;
+    module.add_class::<queues::InFlight>()?;
     module.add_class::<queues::Queues>()?;
     module.add_class::<queues::BlockQueues>()?;
     module.add_class::<chains::ChainQueues>()?;

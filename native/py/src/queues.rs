@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use vhostuser_core::blk::{BlkServe, BlkShared, Limits};
+use vhostuser_core::blk::{Action, BlkServe, BlkShared, Decision, ErrorPolicy, Limits};
 use vhostuser_core::ring::RingSetup;
 use vhostuser_core::sys::fd::duplicate;
-use vhostuser_core::worker::{self as core, EventKind, Events, Notifiers, QueueStats, StopMode, COUNTERS};
+use vhostuser_core::worker::{self as core, EventKind, Events, Notifiers, QueueStats, StopMode, Whereabouts, COUNTERS};
 
 use crate::engine::EngineSpec;
 use crate::error::{Failure, Fallible};
@@ -29,6 +29,19 @@ impl Event {
     fn __repr__(&self) -> String {
         format!("Event(kind={:?}, index={:?}, reason={:?})", self.kind, self.index, self.reason)
     }
+}
+
+/// A request that was taken and not answered.
+#[pyclass(frozen, get_all, module = "vhostuser._native")]
+pub(crate) struct InFlight {
+    queue: u16,
+    head: u16,
+    kind: &'static str,
+    sector: u64,
+    bytes: u64,
+    age_us: u64,
+    state: &'static str,
+    errno: i32,
 }
 
 /// The rings of one device and the workers that serve them.
@@ -102,11 +115,19 @@ impl Queues {
         Ok(py.detach(|| self.lock().start(index, setup, enabled, notifiers, inflight))?)
     }
 
-    #[pyo3(signature = (index, timeout_s = 30.0, *, leave = false))]
-    fn stop(&self, py: Python<'_>, index: u64, timeout_s: f64, leave: bool) -> PyResult<u16> {
+    #[pyo3(signature = (index, timeout_s = 30.0, *, leave = false, kept_timeout_s = None))]
+    fn stop(
+        &self,
+        py: Python<'_>,
+        index: u64,
+        timeout_s: f64,
+        leave: bool,
+        kept_timeout_s: Option<f64>,
+    ) -> PyResult<u16> {
+        let kept = timeout(kept_timeout_s.unwrap_or(timeout_s))?;
         let (index, limit) = (small("queue", index)?, timeout(timeout_s)?);
         let mode = if leave { StopMode::Leave } else { StopMode::Finish };
-        Ok(py.detach(|| self.lock().stop(index, mode, limit)).map_err(Failure::from)?)
+        Ok(py.detach(|| self.lock().stop(index, mode, limit, kept)).map_err(Failure::from)?)
     }
 
     fn enable(&self, py: Python<'_>, index: u64, enabled: bool) -> Fallible<()> {
@@ -136,6 +157,9 @@ impl Queues {
             EventKind::RingBroken => "ring_broken",
             EventKind::MemoryLost => "memory_lost",
             EventKind::FlushFailed => "flush_failed",
+            EventKind::RequestHeld => "request_held",
+            EventKind::RequestRetried => "request_retried",
+            EventKind::RequestsSettled => "requests_settled",
             EventKind::WorkerFailed => "worker_failed",
         };
         let events = self.events.take();
@@ -148,6 +172,27 @@ impl Queues {
             counters.chain([("oldest_age_us", stats.oldest_age_us())]).collect()
         };
         self.stats.iter().map(one).collect()
+    }
+
+    fn in_flight(&self) -> Vec<InFlight> {
+        let one = |queue: u16, request: core::RequestInFlight| InFlight {
+            queue,
+            head: request.head,
+            kind: request.kind.name(),
+            sector: request.sector,
+            bytes: request.bytes,
+            age_us: request.age_us,
+            state: match request.whereabouts {
+                Whereabouts::Storage => "storage",
+                Whereabouts::Held => "held",
+                Whereabouts::Retrying => "retrying",
+            },
+            errno: request.errno,
+        };
+        let queues = (0..).zip(&self.stats);
+        queues
+            .flat_map(|(queue, stats)| stats.in_flight().into_iter().map(move |request| one(queue, request)))
+            .collect()
     }
 
     #[pyo3(signature = (timeout_s = 30.0))]
@@ -163,15 +208,45 @@ pub(crate) struct BlockQueues {
     shared: Arc<BlkShared>,
 }
 
+fn action(name: &str) -> PyResult<Action> {
+    match name {
+        "report" => Ok(Action::Report),
+        "retry" => Ok(Action::Retry),
+        "hold" => Ok(Action::Hold),
+        other => Err(PyValueError::new_err(format!("no action is called {other:?}"))),
+    }
+}
+
+impl BlockQueues {
+    fn decide(
+        &self,
+        py: Python<'_>,
+        decision: Decision,
+        queue: Option<u16>,
+        head: Option<u16>,
+        timeout_s: f64,
+    ) -> PyResult<u64> {
+        let which = match (queue, head) {
+            (None, None) => None,
+            (Some(queue), Some(head)) => Some((queue, head)),
+            _ => return Err(PyValueError::new_err("a request is named by its queue and its head")),
+        };
+        let limit = timeout(timeout_s)?;
+        Ok(py.detach(|| self.shared.decide(decision, which, limit)))
+    }
+}
+
 #[pymethods]
 impl BlockQueues {
     #[new]
     #[pyo3(signature = (engine, *, num_queues, num_workers, num_sectors, block_size = 512, read_only = false,
         writeback = true, device_id = b"".as_slice(), poll_us = 0, max_discard_sectors = 0, max_discard_seg = 0,
-        max_write_zeroes_sectors = 0, max_write_zeroes_seg = 0),
+        max_write_zeroes_sectors = 0, max_write_zeroes_seg = 0, on_error = "report", on_enospc = "report",
+        retry_for_s = None),
         text_signature = "(engine, *, num_queues, num_workers, num_sectors, block_size=512, read_only=False, \
             writeback=True, device_id=b'', poll_us=0, max_discard_sectors=0, max_discard_seg=0, \
-            max_write_zeroes_sectors=0, max_write_zeroes_seg=0)")]
+            max_write_zeroes_sectors=0, max_write_zeroes_seg=0, on_error='report', on_enospc='report', \
+            retry_for_s=None)")]
     #[allow(clippy::too_many_arguments)] // keyword arguments of the Python side
     fn new(
         engine: &EngineSpec,
@@ -187,6 +262,9 @@ impl BlockQueues {
         max_discard_seg: u32,
         max_write_zeroes_sectors: u32,
         max_write_zeroes_seg: u32,
+        on_error: &str,
+        on_enospc: &str,
+        retry_for_s: Option<f64>,
     ) -> PyResult<PyClassInitializer<Self>> {
         if num_queues == 0 || num_workers == 0 {
             return Err(Failure::Setup("a disk has at least one queue and one worker".into()).into());
@@ -203,7 +281,12 @@ impl BlockQueues {
             max_write_zeroes_sectors,
             max_write_zeroes_seg,
         };
-        let shared = Arc::new(BlkShared::new(limits, writeback, device_id));
+        let policy = ErrorPolicy {
+            on_error: action(on_error)?,
+            on_enospc: action(on_enospc)?,
+            retry_for: retry_for_s.map(timeout).transpose()?,
+        };
+        let shared = Arc::new(BlkShared::new(limits, writeback, device_id).with_policy(policy));
         let events = Arc::new(Events::new()?);
         let make = {
             let (spec, shared, events) = (engine.0.clone(), Arc::clone(&shared), Arc::clone(&events));
@@ -219,6 +302,25 @@ impl BlockQueues {
 
     fn set_writeback(&self, writeback: bool) {
         self.shared.set_writeback(writeback);
+    }
+
+    fn set_rate_limit(&self, iops: u64, bps: u64) {
+        self.shared.set_rate_limit(iops, bps);
+    }
+
+    #[getter]
+    fn rate_limit(&self) -> (u64, u64) {
+        self.shared.rate_limit()
+    }
+
+    #[pyo3(signature = (queue = None, head = None, *, timeout_s = 10.0))]
+    fn retry(&self, py: Python<'_>, queue: Option<u16>, head: Option<u16>, timeout_s: f64) -> PyResult<u64> {
+        self.decide(py, Decision::Retry, queue, head, timeout_s)
+    }
+
+    #[pyo3(signature = (queue = None, head = None, *, timeout_s = 10.0))]
+    fn fail(&self, py: Python<'_>, queue: Option<u16>, head: Option<u16>, timeout_s: f64) -> PyResult<u64> {
+        self.decide(py, Decision::Fail, queue, head, timeout_s)
     }
 
     #[getter]

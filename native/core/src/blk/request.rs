@@ -124,6 +124,21 @@ pub enum RequestType {
     Other,
 }
 
+impl RequestType {
+    /// What people and programs read.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Flush => "flush",
+            Self::Discard => "discard",
+            Self::WriteZeroes => "write_zeroes",
+            Self::GetId => "get_id",
+            Self::Other => "other",
+        }
+    }
+}
+
 /// Reads the request out of `chain`, whose streams are left with just the data. The ranges of a
 /// discard or of zeroes go into `ranges`, which is emptied first: all of them are checked before any is started.
 #[inline]

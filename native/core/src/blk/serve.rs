@@ -1,54 +1,19 @@
 //! From a request to operations on storage, and from their completions to a status byte.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::Arc;
+mod trouble;
 
-use super::flush::FlushGate;
-use super::request::{self, parse, Limits, Parsed, Range, Request, RequestType, S_IOERR, S_OK, S_UNSUPP};
+use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::kept::{End, Kept};
+use super::operator::Desk;
+use super::request::{self, parse, Limits, Parsed, Range, Request, RequestType, SECTOR, S_IOERR, S_OK, S_UNSUPP};
+use super::shared::BlkShared;
 use crate::disk::{AnyEngine, Completion, Engine, Kind, Operation};
 use crate::memory::{GuestMemory, IoVec};
 use crate::ring::Chain;
-use crate::worker::{Begun, EventKind, Events, Finished, Outcome, Serve, Waker};
-
-/// What the workers of one disk share, and what may change while they run.
-#[derive(Debug)]
-pub struct BlkShared {
-    limits: Limits,
-    num_sectors: AtomicU64,
-    writeback: AtomicBool,
-    flush_failed: AtomicBool,
-    flush_gate: FlushGate,
-    device_id: Vec<u8>,
-}
-
-impl BlkShared {
-    /// `device_id` is cut to the 20 bytes that GET_ID answers.
-    pub fn new(limits: Limits, writeback: bool, device_id: &[u8]) -> Self {
-        Self {
-            limits,
-            num_sectors: AtomicU64::new(limits.num_sectors),
-            writeback: AtomicBool::new(writeback),
-            flush_failed: AtomicBool::new(false),
-            flush_gate: FlushGate::default(),
-            device_id: device_id.to_vec(),
-        }
-    }
-
-    /// The capacity for every request taken from now on, in sectors.
-    pub fn set_num_sectors(&self, num_sectors: u64) {
-        self.num_sectors.store(num_sectors, Ordering::Release);
-    }
-
-    /// False: a write completes only once it is on stable storage.
-    pub fn set_writeback(&self, writeback: bool) {
-        self.writeback.store(writeback, Ordering::Release);
-    }
-
-    /// Whether an fdatasync failed. It is not known then what was lost, so every later FLUSH fails too.
-    pub fn flush_failed(&self) -> bool {
-        self.flush_failed.load(Ordering::Acquire)
-    }
-}
+use crate::worker::{now_ns, Begun, EventKind, Events, Finished, Outcome, RingFacts, Serve, Waker, Whereabouts};
 
 /// A request that storage has.
 #[derive(Debug)]
@@ -64,6 +29,12 @@ struct Slot {
     /// only counts when everything before it was written.
     written: [u32; 2],
     bounced: bool,
+    /// First byte on the disk.
+    offset: u64,
+    /// Of its failed operations: what the last one said, and whether all of them may be submitted again.
+    errno: i32,
+    repeatable: bool,
+    whereabouts: Whereabouts,
 }
 
 /// Serves the requests of the rings of one worker.
@@ -83,6 +54,17 @@ pub struct BlkServe {
     flushing: Vec<u32>,
     flush_next: Vec<u32>,
     memory_fault: bool,
+    /// Requests that storage failed, and where the operator's decisions about them arrive.
+    kept: Kept,
+    desk: Arc<Desk>,
+    /// Slots that were just taken out of `kept`; empty between calls.
+    chosen: Vec<u32>,
+    /// By the worker's number of the ring.
+    facts: Vec<Option<RingFacts>>,
+    /// Whether there is a rate limit, the clock of this batch, and whether a chain was refused in it.
+    limited: bool,
+    now_ns: u64,
+    refused: bool,
 }
 
 /// The token of the one fdatasync; slots are numbered from 0.
@@ -94,6 +76,8 @@ impl BlkServe {
         Self {
             limits: shared.limits,
             writeback: shared.writeback.load(Ordering::Acquire),
+            kept: Kept::new(shared.policy),
+            desk: shared.enlist(waker.clone()),
             shared,
             engine,
             events,
@@ -106,6 +90,11 @@ impl BlkServe {
             flushing: Vec::new(),
             flush_next: Vec::new(),
             memory_fault: false,
+            chosen: Vec::new(),
+            facts: Vec::new(),
+            limited: false,
+            now_ns: 0,
+            refused: false,
         }
     }
 
@@ -139,17 +128,27 @@ impl BlkServe {
         let len = runs.iter().map(|run| run.len() as u64).sum();
         let durable = kind == Kind::Write && !self.writeback;
         let pin = self.pin(memory);
+        if self.kept.is_on() {
+            self.kept.remember_runs(at, offset, &runs, pin.as_ref());
+        }
         self.submit(Operation { token: u64::from(at), kind, offset, len, durable, runs, pin });
     }
 
     fn change_ranges(&mut self, at: u32) {
         let ranges = std::mem::take(&mut self.ranges);
-        for range in &ranges {
+        if self.kept.is_on() {
+            self.kept.remember_ranges(at, &ranges);
+        }
+        self.submit_ranges(at, &ranges);
+        self.ranges = ranges;
+    }
+
+    fn submit_ranges(&mut self, at: u32, ranges: &[Range]) {
+        for range in ranges {
             let &Range { offset, len, kind } = range;
             let durable = !self.writeback;
             self.submit(Operation { token: u64::from(at), kind, offset, len, durable, runs: Vec::new(), pin: None });
         }
-        self.ranges = ranges;
     }
 
     fn flush(&mut self, at: u32) {
@@ -178,7 +177,7 @@ impl BlkServe {
     /// Works off what storage has given back; requests whose last operation ended go to `finished`.
     fn settle(&mut self, finished: &mut Vec<Finished>) {
         while let Some(completion) = self.done.pop() {
-            let Completion { token, kind, result, runs, bounced } = completion;
+            let Completion { token, kind, result, runs, bounced, repeatable } = completion;
             if result == Err(libc::EFAULT) {
                 self.memory_fault = true;
             }
@@ -200,8 +199,10 @@ impl BlkServe {
                     _ => S_IOERR,
                 };
                 slot.code = slot.code.max(code);
+                slot.errno = errno;
+                slot.repeatable &= repeatable;
             }
-            if slot.operations == 0 {
+            if slot.operations == 0 && !(slot.code == S_IOERR && slot.repeatable && self.keep(token as u32)) {
                 self.finish(token as u32, finished);
             }
         }
@@ -228,7 +229,19 @@ impl BlkServe {
         let slot = &self.slots[at as usize];
         let outcome = slot.outcome();
         finished.push(Finished { ring: slot.ring, head: slot.head, outcome });
+        if slot.whereabouts != Whereabouts::Storage {
+            self.trouble_over(at, if outcome.failed { End::Failed } else { End::Done });
+        }
+        self.kept.forget(at);
         self.free.push(at);
+    }
+
+    /// Says what a request is, for who lists those in flight.
+    #[inline]
+    fn describe(&self, slot: &Slot) {
+        if let Some(Some(facts)) = self.facts.get(usize::from(slot.ring)) {
+            facts.in_flight.describe(slot.head, slot.kind, slot.offset / SECTOR, slot.bytes);
+        }
     }
 
     /// Answers at once, without storage.
@@ -251,6 +264,12 @@ impl Slot {
     }
 }
 
+impl Drop for BlkServe {
+    fn drop(&mut self) {
+        self.shared.dismiss(&self.desk);
+    }
+}
+
 impl Serve for BlkServe {
     type Engine = AnyEngine;
 
@@ -261,6 +280,48 @@ impl Serve for BlkServe {
     fn start_batch(&mut self) {
         self.limits.num_sectors = self.shared.num_sectors.load(Ordering::Acquire);
         self.writeback = self.shared.writeback.load(Ordering::Acquire);
+        self.limited = self.shared.rate.is_on();
+        self.refused = false;
+        if self.limited {
+            self.now_ns = now_ns();
+        }
+    }
+
+    #[inline]
+    fn admits(&mut self) -> bool {
+        if !self.limited {
+            return true;
+        }
+        let admitted = self.shared.rate.wait(self.now_ns) == 0;
+        self.refused |= !admitted;
+        admitted
+    }
+
+    fn patience(&mut self) -> Option<Duration> {
+        let due = self.kept.next_due();
+        if due.is_none() && !self.refused {
+            return None;
+        }
+        let now = now_ns();
+        let retry = due.map(|due| due.saturating_sub(now));
+        let rate = self.refused.then(|| self.shared.rate.wait(now));
+        [retry, rate].into_iter().flatten().min().map(Duration::from_nanos)
+    }
+
+    fn ring_started(&mut self, ring: u16, facts: RingFacts) {
+        let at = usize::from(ring);
+        if self.facts.len() <= at {
+            self.facts.resize_with(at + 1, || None);
+        }
+        self.facts[at] = Some(facts);
+    }
+
+    fn fail_kept(&mut self, ring: Option<u16>, finished: &mut Vec<Finished>) {
+        self.fail_matching(finished, |slot| ring.is_none_or(|ring| slot.ring == ring));
+    }
+
+    fn leave_kept(&mut self, ring: u16, left: &mut Vec<u16>) {
+        self.leave_matching(left, |slot| slot.ring == ring);
     }
 
     fn begin(&mut self, ring: u16, features: u64, chain: &mut Chain, memory: &Arc<GuestMemory>) -> Begun {
@@ -276,6 +337,14 @@ impl Serve for BlkServe {
                 })
             }
         };
+        if self.limited {
+            let moved = match request {
+                Request::In { .. } => chain.writable_len,
+                Request::Out { .. } => chain.readable_len,
+                _ => 0,
+            };
+            self.shared.rate.charge(moved, self.now_ns);
+        }
         let room = chain.writable_len;
         let (operations, bytes) = match request {
             Request::Refused(code) => return Self::answer(status, code, kind, 0, room),
@@ -299,8 +368,27 @@ impl Serve for BlkServe {
             // A FLUSH may come with a data buffer it should not have; that is left alone.
             _ => [u32::from(room == 0); 2],
         };
-        let slot =
-            Slot { ring, head: chain.head, status, kind, code: S_OK, operations, bytes, written, bounced: false };
+        let offset = match request {
+            Request::In { offset } | Request::Out { offset } => offset,
+            Request::Ranges { .. } => self.ranges.first().map_or(0, |range| range.offset),
+            _ => 0,
+        };
+        let slot = Slot {
+            ring,
+            head: chain.head,
+            status,
+            kind,
+            code: S_OK,
+            operations,
+            bytes,
+            written,
+            bounced: false,
+            offset,
+            errno: 0,
+            repeatable: true,
+            whereabouts: Whereabouts::Storage,
+        };
+        self.describe(&slot);
         let at = self.open_slot(slot);
         match request {
             Request::In { offset } => self.transfer(at, Kind::Read, offset, &mut chain.writable, memory),
@@ -314,6 +402,7 @@ impl Serve for BlkServe {
     fn finish_batch(&mut self, finished: &mut Vec<Finished>) {
         self.engine.reap(&mut self.done);
         self.settle(finished);
+        self.carry_on(finished);
         if !self.flush_next.is_empty() {
             self.start_flush();
             self.settle(finished);

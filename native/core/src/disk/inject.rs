@@ -3,12 +3,14 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Completion, Engine, Kind, Operation};
 
 /// What goes wrong, and how often. Discards and zeroes count as writes.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Faults {
     /// Each read is held for 0.5 to 1.5 times this long.
     pub delay_read: Duration,
@@ -16,14 +18,34 @@ pub struct Faults {
     pub delay_write: Duration,
     /// Likewise for flushes.
     pub delay_flush: Duration,
-    /// The share of reads, 0..1, that fail with `EIO`.
+    /// The share of reads, 0..1, that fail.
     pub error_read: f64,
     /// Likewise for writes; a failed one stores nothing.
     pub error_write: f64,
     /// Likewise for flushes.
     pub error_flush: f64,
+    /// What they fail with.
+    pub errno: i32,
+    /// So many operations of the disk fail, then storage is well again; `None`: no end.
+    pub error_limit: Option<u64>,
     /// Where the random numbers start: the same seed and the same requests give the same faults.
     pub seed: u64,
+}
+
+impl Default for Faults {
+    fn default() -> Self {
+        Self {
+            delay_read: Duration::ZERO,
+            delay_write: Duration::ZERO,
+            delay_flush: Duration::ZERO,
+            error_read: 0.0,
+            error_write: 0.0,
+            error_flush: 0.0,
+            errno: libc::EIO,
+            error_limit: None,
+            seed: 0,
+        }
+    }
 }
 
 impl Faults {
@@ -98,6 +120,8 @@ impl Ord for Held {
 pub struct FaultyEngine<E> {
     inner: E,
     faults: Faults,
+    /// Failures left to all engines of the disk.
+    left: Arc<AtomicU64>,
     random: Random,
     held: BinaryHeap<Reverse<Held>>,
     number: u64,
@@ -106,10 +130,16 @@ pub struct FaultyEngine<E> {
 }
 
 impl<E: Engine> FaultyEngine<E> {
-    /// Puts `faults` in front of `inner`; `stream` tells the engines of one disk apart.
-    pub fn new(inner: E, faults: Faults, stream: u64) -> Self {
+    /// Puts `faults` in front of `inner`; `stream` tells the engines of one disk apart, which share `left`: how many
+    /// more operations may fail.
+    pub fn new(inner: E, faults: Faults, stream: u64, left: Arc<AtomicU64>) -> Self {
         let random = Random::new(faults.seed, stream);
-        Self { inner, faults, random, held: BinaryHeap::new(), number: 0, ended: Vec::new() }
+        Self { inner, faults, left, random, held: BinaryHeap::new(), number: 0, ended: Vec::new() }
+    }
+
+    /// Whether one more operation may fail.
+    fn takes_failure(&self) -> bool {
+        self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok()
     }
 
     /// Hands on what is due.
@@ -121,7 +151,7 @@ impl<E: Engine> FaultyEngine<E> {
         while self.held.peek().is_some_and(|Reverse(next)| next.due <= now) {
             let Some(Reverse(next)) = self.held.pop() else { return };
             let completion = if next.fails {
-                Some(Completion::of(next.operation, Err(libc::EIO)))
+                Some(Completion::of(next.operation, Err(self.faults.errno)))
             } else {
                 self.inner.submit(next.operation)
             };
@@ -139,9 +169,12 @@ impl<E: Engine> Engine for FaultyEngine<E> {
         let (delay, error) = self.faults.of(operation.kind);
         // Both numbers are drawn whatever they are for: a fault more does not shift those that follow.
         let (factor, luck) = (0.5 + self.random.share(), self.random.share());
-        let fails = luck < error;
+        let fails = luck < error && self.takes_failure();
         if delay.is_zero() {
-            return if fails { Some(Completion::of(operation, Err(libc::EIO))) } else { self.inner.submit(operation) };
+            return match fails {
+                true => Some(Completion::of(operation, Err(self.faults.errno))),
+                false => self.inner.submit(operation),
+            };
         }
         let due = Instant::now() + delay.mul_f64(factor);
         self.number += 1;

@@ -74,13 +74,17 @@ pub struct Completion {
     pub runs: Vec<IoVec>,
     /// The data went through an aligned buffer because direct I/O demanded it.
     pub bounced: bool,
+    /// Of a failed one: it may be submitted again, and a success then means what it says. Not so where a sync of the
+    /// page cache failed: the kernel has dropped its dirty pages, and the next sync would report success without them.
+    pub repeatable: bool,
 }
 
 impl Completion {
     /// The end of `operation`, which lets go of its memory.
     #[inline]
     pub(crate) fn of(operation: Operation, result: Result<(), i32>) -> Self {
-        Self { token: operation.token, kind: operation.kind, result, runs: operation.runs, bounced: false }
+        let Operation { token, kind, runs, .. } = operation;
+        Self { token, kind, result, runs, bounced: false, repeatable: kind != Kind::Flush }
     }
 }
 

@@ -71,13 +71,15 @@ enum Storage {
 pub struct Spec {
     storage: Storage,
     faults: Option<Faults>,
+    /// How many more operations may fail on purpose.
+    failures_left: Arc<AtomicU64>,
     /// Engines built so far, so that each has random numbers of its own.
     built: Arc<AtomicU64>,
 }
 
 impl Spec {
     fn over(storage: Storage) -> Self {
-        Self { storage, faults: None, built: Arc::default() }
+        Self { storage, faults: None, failures_left: Arc::default(), built: Arc::default() }
     }
 
     /// The file or block device behind `fd`, which it takes. Fails with `EINVAL` for alignments that are none, and
@@ -103,14 +105,18 @@ impl Spec {
     }
 
     /// The same storage made slow and unreliable. Replaces earlier faults. Fails with `EINVAL` for a
-    /// share that is not in 0..1 or a delay of more than an hour.
+    /// share that is not in 0..1, a delay of more than an hour, or no errno.
     pub fn with_faults(&self, faults: Faults) -> io::Result<Self> {
         let shares = [faults.error_read, faults.error_write, faults.error_flush];
         let delays = [faults.delay_read, faults.delay_write, faults.delay_flush];
         if !shares.iter().all(|share| (0.0..=1.0).contains(share)) || delays.iter().any(|delay| *delay > MAX_DELAY) {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
-        Ok(Self { storage: self.storage.clone(), faults: Some(faults), built: Arc::default() })
+        if !(1..4096).contains(&faults.errno) {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        let failures_left = Arc::new(AtomicU64::new(faults.error_limit.unwrap_or(u64::MAX)));
+        Ok(Self { storage: self.storage.clone(), faults: Some(faults), failures_left, built: Arc::default() })
     }
 
     /// Memory only: makes the disk `size` bytes long; what is cut off reads as zeroes when grown again.
@@ -148,7 +154,7 @@ impl Spec {
         Ok(match self.faults {
             Some(faults) => {
                 let stream = self.built.fetch_add(1, Ordering::Relaxed);
-                AnyEngine::Faulty(Box::new(FaultyEngine::new(engine, faults, stream)))
+                AnyEngine::Faulty(Box::new(FaultyEngine::new(engine, faults, stream, Arc::clone(&self.failures_left))))
             }
             None => engine,
         })

@@ -171,6 +171,7 @@ pub(super) struct Transfer {
     single: [IoVec; 1],
     buffer: Option<AlignedBuffer>,
     bounced: bool,
+    repeatable: bool,
 }
 
 impl Transfer {
@@ -185,7 +186,19 @@ impl Transfer {
             kind => Stage::Range(target.first_method(kind)),
         };
         let bounced = matches!(stage, Stage::Bounce { .. });
-        Self { operation, stage, done: 0, first: 0, retries: 0, asked: 0, single: [no_bytes()], buffer: None, bounced }
+        let repeatable = operation.kind != Kind::Flush;
+        Self {
+            operation,
+            stage,
+            done: 0,
+            first: 0,
+            retries: 0,
+            asked: 0,
+            single: [no_bytes()],
+            buffer: None,
+            bounced,
+            repeatable,
+        }
     }
 
     fn first_stage(operation: &Operation, target: &Target) -> Stage {
@@ -322,7 +335,10 @@ impl Transfer {
             (Stage::Range(method), Err(libc::EOPNOTSUPP | libc::ENOTTY | libc::ENOSYS)) if method != Method::Write => {
                 Stage::Range(target.next_method(method, self.operation.kind))
             }
-            (_, Err(errno)) => Stage::Ended(Err(errno)),
+            (stage, Err(errno)) => {
+                self.repeatable &= !self.synced_by(stage, target);
+                Stage::Ended(Err(errno))
+            }
             (Stage::Runs, Ok(count)) => self.advance_runs(count, target),
             (Stage::Bounce { piece, moved }, Ok(count)) => self.advance_bounce(piece, moved, count, target),
             (Stage::Range(Method::Write), Ok(count)) => {
@@ -337,6 +353,17 @@ impl Transfer {
             (Stage::Sync, Ok(_)) => Stage::Ended(Ok(())),
             (ended @ Stage::Ended(_), Ok(_)) => ended,
         };
+    }
+
+    /// Whether the step of `stage` syncs the page cache, so that its failure may have cost dirty pages.
+    fn synced_by(&self, stage: Stage, target: &Target) -> bool {
+        match stage {
+            Stage::Sync => true,
+            Stage::Runs | Stage::Bounce { .. } => {
+                self.operation.kind == Kind::Write && self.operation.durable && target.direct.is_none()
+            }
+            Stage::Range(_) | Stage::Ended(_) => false,
+        }
     }
 
     /// Discards and zeroes reach stable storage by a sync of their own; writes do by their flag.
@@ -405,7 +432,8 @@ impl Transfer {
 
     /// Gives the operation back, after [`Step::End`] said how it ended.
     pub(super) fn complete(self, result: Result<(), i32>) -> Completion {
-        Completion { bounced: self.bounced, ..Completion::of(self.operation, result) }
+        let (bounced, repeatable) = (self.bounced, self.repeatable);
+        Completion { bounced, repeatable, ..Completion::of(self.operation, result) }
     }
 }
 

@@ -199,6 +199,15 @@ impl DeviceRing {
         Ok(())
     }
 
+    /// Lets go of a chain that was taken, without an answer: its driver still waits for it, and so it stays marked in
+    /// the in-flight region, for whoever serves the ring next.
+    pub fn forget(&mut self, head: u16) {
+        let (word, bit) = (usize::from(head / 64), 1u64 << (head % 64));
+        debug_assert!(self.taken[word] & bit != 0, "head {head} is not in flight");
+        self.taken[word] &= !bit;
+        self.in_flight -= 1;
+    }
+
     /// Makes what was pushed visible. True when the driver wants to be notified of it.
     #[inline]
     pub fn publish(&mut self) -> Result<bool, Broken> {

@@ -14,6 +14,12 @@ pub enum EventKind {
     MemoryLost,
     /// An fdatasync failed: every FLUSH fails from now on.
     FlushFailed,
+    /// Storage failed a request, which is kept until the operator decides; more may follow without an event.
+    RequestHeld,
+    /// Storage failed a request, which is tried again; more may follow without an event.
+    RequestRetried,
+    /// No request is kept any more.
+    RequestsSettled,
     /// A worker ended by itself: its rings are dead.
     WorkerFailed,
 }

@@ -19,6 +19,8 @@ pub(super) enum Command {
     Call(u16, Option<OwnedFd>),
     Err(u16, Option<OwnedFd>),
     Memory(Arc<GuestMemory>, Reply<()>),
+    /// Whoever waits for a ring to stop, or (`None`) for a change of memory, waits for no kept request any longer.
+    FailKept(Option<u16>),
     Exit,
 }
 

@@ -4,6 +4,7 @@
 //! `Worker` is the thread: it takes chains, hands them to its `Serve`, publishes what is done, and sleeps.
 
 mod events;
+mod in_flight;
 mod mailbox;
 mod queues;
 mod run;
@@ -11,8 +12,10 @@ mod served;
 mod stats;
 
 pub use events::{Event, EventKind, Events};
+pub use in_flight::{InFlight, RequestInFlight, Whereabouts};
 pub use queues::{Notifiers, QueueError, Queues, Waker};
 pub use served::StopMode;
+pub(crate) use stats::{now_ns, Counter};
 pub use stats::{QueueStats, COUNTERS};
 
 use std::sync::mpsc::SyncSender;
@@ -69,6 +72,17 @@ pub struct Finished {
     pub outcome: Outcome,
 }
 
+/// Where a `Serve` says how the requests of a ring fare: nobody waits for it there, and anybody may look.
+#[derive(Clone, Debug)]
+pub struct RingFacts {
+    /// The device's number for the ring.
+    pub index: u16,
+    /// Its counters.
+    pub stats: Arc<QueueStats>,
+    /// Its requests in flight.
+    pub in_flight: Arc<InFlight>,
+}
+
 /// What a device type does with the chains of its rings. Lives on the worker's thread.
 ///
 /// Chains point into the memory that the worker holds: it changes it only when nothing is pending.
@@ -100,6 +114,22 @@ pub trait Serve {
     /// How long the worker may sleep at most, for what happens without a descriptor: `None` for as long as it likes.
     fn patience(&mut self) -> Option<Duration> {
         None
+    }
+
+    /// A ring begins to be served, as `ring`.
+    fn ring_started(&mut self, ring: u16, facts: RingFacts) {
+        let _ = (ring, facts);
+    }
+
+    /// Ends, with their errors, the chains of a ring (`None`: of all) that storage failed and that are kept to be tried
+    /// again: somebody has waited long enough for them. Appends them.
+    fn fail_kept(&mut self, ring: Option<u16>, finished: &mut Vec<Finished>) {
+        let _ = (ring, finished);
+    }
+
+    /// Forgets the same chains without an answer, and appends their heads: who served the driver is leaving it.
+    fn leave_kept(&mut self, ring: u16, left: &mut Vec<u16>) {
+        let _ = (ring, left);
     }
 
     /// True once after a system call met memory that cannot be touched.

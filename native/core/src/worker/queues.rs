@@ -47,6 +47,9 @@ fn refuse<T>(why: impl Into<String>) -> Result<T, QueueError> {
     Err(QueueError::Setup(SetupError::Other(why.into())))
 }
 
+/// How long workers may take to answer kept chains with their errors: they do it at once, when storage does not hang.
+const FAIL_KEPT_TIME: Duration = Duration::from_secs(1);
+
 /// A ring's descriptors, all optional.
 #[derive(Debug, Default)]
 pub struct Notifiers {
@@ -181,7 +184,8 @@ impl Queues {
         Ok(place)
     }
 
-    /// Changes the memory under all rings; waits until nothing uses the old one.
+    /// Changes the memory under all rings; waits until nothing uses the old one. Chains that storage failed and that are
+    /// kept for another attempt are answered with an error when `timeout` has passed.
     pub fn set_memory(&mut self, memory: Arc<GuestMemory>, timeout: Duration) -> Result<(), QueueError> {
         if self.closed {
             return refuse("the queues are closed");
@@ -194,7 +198,16 @@ impl Queues {
             waits.push(receiver);
         }
         self.memory = memory;
-        waits.iter().try_for_each(|receiver| wait(receiver, deadline))
+        for (worker, receiver) in self.workers.iter().zip(&waits) {
+            match wait(receiver, deadline) {
+                Err(QueueError::DrainTimeout) if self.stats.iter().any(|stats| stats.keeps()) => {
+                    worker.mailbox.post(Command::FailKept(None));
+                    wait(receiver, deadline + FAIL_KEPT_TIME)?;
+                }
+                other => other?,
+            }
+        }
+        Ok(())
     }
 
     /// Starts a ring: looked at once at once.
@@ -227,11 +240,12 @@ impl Queues {
             enabled,
             broken: false,
             stopping: None,
+            impatient: false,
             kick,
             call,
             err,
             kicks: Kicks::Polled,
-            started: stats.restart(setup.size),
+            in_flight: stats.restart(setup.size),
             stats,
         };
         match recovered {
@@ -246,11 +260,29 @@ impl Queues {
     }
 
     /// Stops a ring and returns its next available index, once every taken chain is used or left, as `mode` says.
-    pub fn stop(&mut self, index: u16, mode: StopMode, timeout: Duration) -> Result<u16, QueueError> {
+    ///
+    /// Chains that storage failed and that are kept for another attempt are waited for until `kept_timeout`, and
+    /// answered with an error then.
+    pub fn stop(
+        &mut self,
+        index: u16,
+        mode: StopMode,
+        timeout: Duration,
+        kept_timeout: Duration,
+    ) -> Result<u16, QueueError> {
         let (mailbox, at) = self.started_place(index)?;
         let (sender, receiver) = sync_channel(1);
+        let deadline = Instant::now() + timeout;
+        let kept_deadline = deadline.min(Instant::now() + kept_timeout);
         mailbox.post(Command::Stop(at, Stopping { mode, reply: Reply(sender) }));
-        let base = wait(&receiver, Instant::now() + timeout)?;
+        let base = match wait(&receiver, kept_deadline) {
+            Err(QueueError::DrainTimeout) => {
+                mailbox.post(Command::FailKept(Some(at)));
+                let grace = if self.stats[usize::from(index)].keeps() { FAIL_KEPT_TIME } else { Duration::ZERO };
+                wait(&receiver, deadline.max(kept_deadline + grace))?
+            }
+            other => other?,
+        };
         self.started[usize::from(index)] = false;
         Ok(base)
     }

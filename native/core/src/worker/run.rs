@@ -31,8 +31,11 @@ pub(super) struct Worker<S> {
     poisonings: u64,
     memory_lost: bool,
     leaving: bool,
+    /// Whoever waits for a change of memory has waited long enough for chains that storage failed.
+    impatient: bool,
     chain: Chain,
     finished: Vec<Finished>,
+    left: Vec<u16>,
     ready: Vec<u32>,
 }
 
@@ -49,8 +52,10 @@ impl<S: Serve> Worker<S> {
             poisonings: sigbus::poisonings(),
             memory_lost: false,
             leaving: false,
+            impatient: false,
             chain: Chain::default(),
             finished: Vec::new(),
+            left: Vec::new(),
             ready: Vec::new(),
         }
     }
@@ -102,6 +107,7 @@ impl<S: Serve> Worker<S> {
         step!("submitted", if busy);
         self.serve.finish_batch(&mut self.finished);
         step!("reaped", if !self.finished.is_empty());
+        self.give_up();
         busy |= !self.finished.is_empty();
         for finished in self.finished.drain(..) {
             if let Some(served) = &mut self.rings[usize::from(finished.ring)] {
@@ -119,6 +125,23 @@ impl<S: Serve> Worker<S> {
             self.check_memory();
         }
         Ok(busy)
+    }
+
+    /// Gives up chains that storage failed and that are kept, where nobody waits for them (any longer).
+    fn give_up(&mut self) {
+        if self.impatient {
+            self.serve.fail_kept(None, &mut self.finished);
+        }
+        let gone = self.leaving || self.memory_lost;
+        for at in 0..self.rings.len() {
+            let Some(served) = &mut self.rings[at] else { continue };
+            if gone || served.leaves() {
+                self.serve.leave_kept(at as u16, &mut self.left);
+                self.left.drain(..).for_each(|head| served.forget(head));
+            } else if served.impatient {
+                self.serve.fail_kept(Some(at as u16), &mut self.finished);
+            }
+        }
     }
 
     fn take_from(&mut self, at: usize) -> bool {
@@ -172,6 +195,7 @@ impl<S: Serve> Worker<S> {
         for command in self.mailbox.take() {
             match command {
                 Command::Start(at, served) => {
+                    self.serve.ring_started(at, served.facts());
                     self.rings[usize::from(at)] = Some(*served);
                     self.watch(at);
                 }
@@ -206,6 +230,12 @@ impl<S: Serve> Worker<S> {
                     }
                 }
                 Command::Memory(memory, reply) => self.next_memory = Some((memory, reply)),
+                Command::FailKept(None) => self.impatient = self.next_memory.is_some(),
+                Command::FailKept(Some(at)) => {
+                    if let Some(served) = &mut self.rings[usize::from(at)] {
+                        served.impatient = served.stopping.is_some();
+                    }
+                }
                 Command::Exit => self.leaving = true,
             }
         }
@@ -231,7 +261,7 @@ impl<S: Serve> Worker<S> {
         if self.next_memory.is_some() && self.serve.pending() == 0 {
             let Some((memory, reply)) = self.next_memory.take() else { return };
             self.memory = memory;
-            self.memory_lost = false;
+            (self.memory_lost, self.impatient) = (false, false);
             for served in self.rings.iter_mut().flatten() {
                 if served.ring.relocate(&self.memory).is_err() {
                     served.break_ring(Broken::Memory, &self.events);
@@ -243,7 +273,8 @@ impl<S: Serve> Worker<S> {
 
     /// Asks for kicks and looks once more; true when something came.
     fn enable_kicks(&mut self) -> bool {
-        if self.next_memory.is_some() {
+        // While the rate limit allows nothing, chains stay where they are, and nobody needs to tell of more.
+        if self.next_memory.is_some() || !self.serve.admits() {
             return false;
         }
         let mut more = false;

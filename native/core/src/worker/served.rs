@@ -1,11 +1,10 @@
 //! A ring on its worker: the device half, its descriptors, its state.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
 use super::stats::{Counter, QueueStats};
-use super::{EventKind, Events, Outcome, Reply};
+use super::{EventKind, Events, InFlight, Outcome, Reply, RingFacts};
 use crate::ring::{Broken, DeviceRing};
 use crate::sys::eventfd;
 
@@ -26,7 +25,7 @@ pub enum StopMode {
     /// Everything that was ever taken completes, by a predecessor too: the driver's requests are all answered.
     #[default]
     Finish,
-    /// What storage has not been given yet stays in the in-flight region, for whoever serves the ring next.
+    /// What storage has not been given yet, or has failed and is kept, stays in the in-flight region, for whoever serves the ring next.
     Leave,
 }
 
@@ -48,15 +47,22 @@ pub(super) struct Served {
     pub(super) broken: bool,
     /// Set while GET_VRING_BASE waits for the last chain.
     pub(super) stopping: Option<Stopping>,
+    /// Whoever waits for the stop has waited long enough for chains that storage failed.
+    pub(super) impatient: bool,
     pub(super) kick: Option<OwnedFd>,
     pub(super) call: Option<OwnedFd>,
     pub(super) err: Option<OwnedFd>,
     pub(super) kicks: Kicks,
     pub(super) stats: Arc<QueueStats>,
-    pub(super) started: Arc<[AtomicU64]>,
+    pub(super) in_flight: Arc<InFlight>,
 }
 
 impl Served {
+    /// What its `Serve` reports to.
+    pub(super) fn facts(&self) -> RingFacts {
+        RingFacts { index: self.index, stats: Arc::clone(&self.stats), in_flight: Arc::clone(&self.in_flight) }
+    }
+
     /// Whether new chains are taken from it.
     #[inline]
     pub(super) fn runs(&self) -> bool {
@@ -66,6 +72,11 @@ impl Served {
     /// Whether it stops, and a predecessor's chains have to be answered first.
     pub(super) fn finishes(&self) -> bool {
         !self.broken && self.ring.to_replay() > 0 && self.stopping.as_ref().is_some_and(|s| s.mode == StopMode::Finish)
+    }
+
+    /// Whether it stops and its driver gets no answers any more.
+    pub(super) fn leaves(&self) -> bool {
+        self.stopping.as_ref().is_some_and(|s| s.mode == StopMode::Leave)
     }
 
     /// Whether it is to stop and nothing is left to wait for.
@@ -81,9 +92,7 @@ impl Served {
     /// Notes that a chain was taken.
     #[inline]
     pub(super) fn taken(&self, head: u16, now_ns: u64) {
-        if let Some(at) = self.started.get(usize::from(head)) {
-            at.store(now_ns, Ordering::Relaxed);
-        }
+        self.in_flight.taken(head, now_ns);
         self.stats.set(Counter::InFlight, u64::from(self.ring.in_flight()));
     }
 
@@ -91,12 +100,17 @@ impl Served {
     #[inline]
     pub(super) fn give_back(&mut self, head: u16, outcome: &Outcome, events: &Events) {
         self.stats.ended(outcome);
-        if let Some(at) = self.started.get(usize::from(head)) {
-            at.store(0, Ordering::Relaxed);
-        }
+        self.in_flight.ended(head);
         if let Err(broken) = self.ring.push(head, outcome.written) {
             self.break_ring(broken, events);
         }
+        self.stats.set(Counter::InFlight, u64::from(self.ring.in_flight()));
+    }
+
+    /// Lets go of a chain that was not answered.
+    pub(super) fn forget(&mut self, head: u16) {
+        self.in_flight.ended(head);
+        self.ring.forget(head);
         self.stats.set(Counter::InFlight, u64::from(self.ring.in_flight()));
     }
 

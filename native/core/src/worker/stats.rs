@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
+use super::in_flight::{InFlight, RequestInFlight};
 use super::Outcome;
 
 /// Counters of one queue, in the order of `COUNTERS`.
@@ -31,6 +32,9 @@ pub(crate) enum Counter {
     NotificationsSent,
     NotificationsSuppressed,
     InFlight,
+    Held,
+    Retrying,
+    Retried,
     Broken,
 }
 
@@ -38,7 +42,7 @@ const COUNT: usize = Counter::Broken as usize + 1;
 const TYPES: usize = Counter::ReadBytes as usize;
 
 /// The names of the counters that are worth showing, with their places.
-pub const COUNTERS: [(&str, usize); 19] = [
+pub const COUNTERS: [(&str, usize); 22] = [
     ("reads", Counter::Read as usize),
     ("writes", Counter::Write as usize),
     ("flushes", Counter::Flush as usize),
@@ -56,6 +60,9 @@ pub const COUNTERS: [(&str, usize); 19] = [
     ("notifications_sent", Counter::NotificationsSent as usize),
     ("notifications_suppressed", Counter::NotificationsSuppressed as usize),
     ("in_flight", Counter::InFlight as usize),
+    ("held", Counter::Held as usize),
+    ("retrying", Counter::Retrying as usize),
+    ("retried", Counter::Retried as usize),
     ("broken", Counter::Broken as usize),
     ("other_bytes", Counter::OtherBytes as usize),
 ];
@@ -65,13 +72,12 @@ pub const COUNTERS: [(&str, usize); 19] = [
 #[repr(align(128))]
 pub struct QueueStats {
     counters: [AtomicU64; COUNT],
-    /// When each head in flight was taken, in nanoseconds since the first use of the clock; 0: not in flight.
-    started: Mutex<Arc<[AtomicU64]>>,
+    in_flight: Mutex<Arc<InFlight>>,
 }
 
 impl Default for QueueStats {
     fn default() -> Self {
-        Self { counters: [const { AtomicU64::new(0) }; COUNT], started: Mutex::new(Arc::new([])) }
+        Self { counters: [const { AtomicU64::new(0) }; COUNT], in_flight: Mutex::default() }
     }
 }
 
@@ -79,6 +85,11 @@ impl QueueStats {
     /// A counter's value.
     pub fn get(&self, place: usize) -> u64 {
         self.counters[place].load(Relaxed)
+    }
+
+    /// Whether there are requests that storage failed and that are kept.
+    pub(super) fn keeps(&self) -> bool {
+        self.get(Counter::Held as usize) + self.get(Counter::Retrying as usize) > 0
     }
 
     /// Adds; only the queue's worker may.
@@ -110,20 +121,29 @@ impl QueueStats {
         }
     }
 
-    /// New ages for a ring of `size`; the worker keeps what is returned.
-    pub(crate) fn restart(&self, size: u16) -> Arc<[AtomicU64]> {
-        let fresh: Arc<[AtomicU64]> = (0..size).map(|_| AtomicU64::new(0)).collect();
-        *self.started.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&fresh);
-        self.set(Counter::InFlight, 0);
+    /// A new table for a ring of `size`; the worker keeps what is returned.
+    pub(crate) fn restart(&self, size: u16) -> Arc<InFlight> {
+        let fresh = Arc::new(InFlight::new(size));
+        *self.in_flight.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&fresh);
+        for level in [Counter::InFlight, Counter::Held, Counter::Retrying] {
+            self.set(level, 0);
+        }
         self.set(Counter::Broken, 0);
         fresh
     }
 
     /// Microseconds since the oldest request in flight was taken; 0 when there is none.
     pub fn oldest_age_us(&self) -> u64 {
-        let started = Arc::clone(&self.started.lock().unwrap_or_else(PoisonError::into_inner));
-        let oldest = started.iter().map(|at| at.load(Relaxed)).filter(|&at| at != 0).min();
-        oldest.map_or(0, |at| now_ns().saturating_sub(at) / 1000)
+        self.table().oldest_age_us(now_ns())
+    }
+
+    /// The requests in flight, oldest first.
+    pub fn in_flight(&self) -> Vec<RequestInFlight> {
+        self.table().list(now_ns())
+    }
+
+    fn table(&self) -> Arc<InFlight> {
+        Arc::clone(&self.in_flight.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use vhostuser_core::blk::{BlkServe, BlkShared, Limits};
+use vhostuser_core::blk::{BlkServe, BlkShared, ErrorPolicy, Limits};
 use vhostuser_core::disk::Spec;
 use vhostuser_core::memory::{GuestMemory, GuestSlice, Mapping, RegionSpec};
 use vhostuser_core::ring::{feature, layout, Areas, DriverRing, RingSetup, Segment};
@@ -20,6 +20,16 @@ pub const RINGS: u64 = 0x10_0000;
 pub const LIMIT: Duration = Duration::from_secs(20);
 pub const SECTORS: u64 = 4096;
 pub const FEATURES: u64 = feature::VERSION_1 | feature::INDIRECT_DESC | feature::EVENT_IDX | 1 << 13 | 1 << 14;
+
+const LIMITS: Limits = Limits {
+    num_sectors: SECTORS,
+    block_size: 512,
+    read_only: false,
+    max_discard_sectors: 1024,
+    max_discard_seg: 4,
+    max_write_zeroes_sectors: 1024,
+    max_write_zeroes_seg: 4,
+};
 
 pub fn memfd(len: u64) -> File {
     // SAFETY: a literal name; the returned descriptor is new.
@@ -64,17 +74,19 @@ impl Host {
     }
 
     pub fn with(spec: &Spec, num_queues: u16, num_workers: u16, poll: Duration, change: fn(&mut Limits)) -> Self {
-        let mut limits = Limits {
-            num_sectors: SECTORS,
-            block_size: 512,
-            read_only: false,
-            max_discard_sectors: 1024,
-            max_discard_seg: 4,
-            max_write_zeroes_sectors: 1024,
-            max_write_zeroes_seg: 4,
-        };
+        let mut limits = LIMITS;
         change(&mut limits);
-        let shared = Arc::new(BlkShared::new(limits, true, b"a serial number"));
+        Self::over(spec, num_queues, num_workers, poll, BlkShared::new(limits, true, b"a serial number"))
+    }
+
+    /// Whose requests obey a policy when storage fails them.
+    pub fn keeping(spec: &Spec, num_queues: u16, num_workers: u16, policy: ErrorPolicy) -> Self {
+        let shared = BlkShared::new(LIMITS, true, b"a serial number").with_policy(policy);
+        Self::over(spec, num_queues, num_workers, Duration::ZERO, shared)
+    }
+
+    fn over(spec: &Spec, num_queues: u16, num_workers: u16, poll: Duration, shared: BlkShared) -> Self {
+        let shared = Arc::new(shared);
         let events = Arc::new(Events::new().unwrap());
         let make = {
             let (spec, shared, events) = (spec.clone(), Arc::clone(&shared), Arc::clone(&events));
@@ -177,8 +189,8 @@ impl Driver {
         }
     }
 
-    /// One request: readable bytes, room to write; returns the status, what was written and the used length.
-    pub fn request(&mut self, host: &Host, readable: &[u8], room: usize) -> (u8, Vec<u8>, u32) {
+    /// Makes a request of readable bytes and room to write available; returns where its answer goes.
+    pub fn send(&mut self, host: &Host, readable: &[u8], room: usize) -> u64 {
         let (from, to) = (self.room(readable.len()), self.room(room + 1));
         host.put(from, readable);
         host.put(to + room as u64, &[0xff]);
@@ -187,7 +199,16 @@ impl Driver {
             Segment { addr: to, len: room as u32 + 1, writable: true },
         ];
         self.ring.add(&segments).unwrap();
-        let (_, written) = self.run();
+        if self.ring.publish().unwrap() {
+            self.kick();
+        }
+        to
+    }
+
+    /// One request; returns the status, what was written and the used length.
+    pub fn request(&mut self, host: &Host, readable: &[u8], room: usize) -> (u8, Vec<u8>, u32) {
+        let to = self.send(host, readable, room);
+        let (_, written) = self.reap();
         let bytes = host.get(to, room + 1);
         (bytes[room], bytes[..room].to_vec(), written)
     }

@@ -1,5 +1,7 @@
 //! Storage made slow and unreliable.
 
+use std::sync::atomic::AtomicU64;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::*;
@@ -61,7 +63,7 @@ fn a_flush_is_held_for_as_long_as_said() {
     let delay = Duration::from_millis(20);
     let faults = Faults { delay_flush: delay, ..Faults::default() };
     for setup in Setup::each(1 << 20) {
-        let mut engine = crate::disk::inject::FaultyEngine::new(setup.engine, faults, 0);
+        let mut engine = crate::disk::inject::FaultyEngine::new(setup.engine, faults, 0, Arc::new(AtomicU64::new(0)));
         assert!(!engine.inline());
         let start = Instant::now();
         assert_eq!(run(&mut engine, operation(1, Kind::Flush, 0, 0, &[])).result, Ok(()));
@@ -74,7 +76,7 @@ fn a_held_flush_holds_up_no_write() {
     let faults = Faults { delay_flush: Duration::from_secs(3600), ..Faults::default() };
     for setup in Setup::each(1 << 20) {
         let Setup { way, engine, file, memory, _scratch } = setup;
-        let mut engine = crate::disk::inject::FaultyEngine::new(engine, faults, 0);
+        let mut engine = crate::disk::inject::FaultyEngine::new(engine, faults, 0, Arc::new(AtomicU64::new(0)));
         fill(&memory, 0, &[4; BLOCK]);
         assert!(engine.submit(operation(2, Kind::Flush, 0, 0, &[])).is_none());
         let write = operation(1, Kind::Write, 0, BLOCK as u64, &[memory.run(0, BLOCK)]);
@@ -91,12 +93,27 @@ fn a_held_flush_holds_up_no_write() {
 }
 
 #[test]
+fn so_many_operations_of_the_whole_disk_fail_as_was_said_and_then_it_is_well() {
+    let faults = Faults { error_write: 1.0, errno: libc::ENOSPC, error_limit: Some(3), ..Faults::default() };
+    let spec = Spec::memory(4096).unwrap().with_faults(faults).unwrap();
+    let (mut one, mut other) = (spec.build().unwrap(), spec.build().unwrap());
+    let mut write = |first: bool| {
+        let engine = if first { &mut one } else { &mut other };
+        run(engine, operation(1, Kind::WriteZeroes { unmap: false }, 0, 512, &[])).result
+    };
+    let seen: Vec<_> = [true, false, true, false, true].into_iter().map(&mut write).collect();
+    assert_eq!(seen, [Err(libc::ENOSPC), Err(libc::ENOSPC), Err(libc::ENOSPC), Ok(()), Ok(())]);
+}
+
+#[test]
 fn impossible_faults_are_refused() {
     for faults in [
         Faults { error_read: 1.5, ..Faults::default() },
         Faults { error_write: -0.1, ..Faults::default() },
         Faults { error_flush: f64::NAN, ..Faults::default() },
         Faults { delay_read: Duration::MAX, ..Faults::default() },
+        Faults { errno: 0, ..Faults::default() },
+        Faults { errno: -5, ..Faults::default() },
     ] {
         assert_eq!(Spec::null().with_faults(faults).unwrap_err().raw_os_error(), Some(libc::EINVAL));
     }

@@ -184,3 +184,38 @@ fn a_discard_is_advice_but_its_errors_are_not() {
     play(asked(true), &file, &[(punch, Err(libc::EOPNOTSUPP))], Ok(()));
     play(asked(true), &file, &[], Ok(()));
 }
+
+#[test]
+fn what_failed_may_be_submitted_again_unless_the_page_cache_was_synced() {
+    let direct = Some(Alignment { memory: 8, offset: 8 });
+    let memory = AlignedBuffer::new(64, 8).unwrap();
+    let runs = [memory.run(0, 64)];
+    let zeroes = Kind::WriteZeroes { unmap: true };
+    // Who fails: the step of this number, counted from 0.
+    let cases = [
+        (Kind::Read, false, None, 0, true),
+        (Kind::Write, false, None, 0, true),
+        (Kind::Write, true, None, 0, false),
+        (Kind::Write, true, direct, 0, true),
+        (Kind::Flush, true, direct, 0, false),
+        (Kind::Discard, false, None, 0, true),
+        (zeroes, true, None, 0, true),
+        (zeroes, true, None, 1, false),
+        (zeroes, true, direct, 1, false),
+    ];
+    for (kind, durable, alignment, failing, repeatable) in cases {
+        let target = target(alignment);
+        let moves = matches!(kind, Kind::Read | Kind::Write);
+        let mut asked = operation(1, kind, 0, 64, if moves { &runs } else { &[] });
+        asked.durable = durable;
+        let mut transfer = Transfer::new(asked, &target);
+        for _ in 0..failing {
+            transfer.step();
+            transfer.advance(Ok(0), &target);
+        }
+        transfer.step();
+        transfer.advance(Err(libc::ENOSPC), &target);
+        let completion = transfer.complete(Err(libc::ENOSPC));
+        assert_eq!(completion.repeatable, repeatable, "{kind:?}, durable {durable}, step {failing}");
+    }
+}
