@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vhostuser._native import Chain, ChainQueues, GuestMemory
     from vhostuser.backend import ConfigNotice, Device, Server
-    from vhostuser.blk import BlockDevice
+    from vhostuser.blk import BlockDevice, ErrorAction, ErrorPolicy, RateLimit
     from vhostuser.blk.aio import AsyncBlockClient, connect_async
     from vhostuser.blk.client import BlockClient, connect
     from vhostuser.blk.fileobj import DiskFile
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "_native": ("Chain", "ChainQueues", "GuestMemory"),
     "backend": ("ConfigNotice", "Device", "Server"),
-    "blk": ("BlockDevice",),
+    "blk": ("BlockDevice", "ErrorAction", "ErrorPolicy", "RateLimit"),
     "blk.aio": ("AsyncBlockClient", "connect_async"),
     "blk.client": ("BlockClient", "connect"),
     "blk.fileobj": ("DiskFile",),
@@ -125,6 +125,8 @@ __all__ = [
     "Disk",
     "DiskFile",
     "DrainTimeout",
+    "ErrorAction",
+    "ErrorPolicy",
     "Faults",
     "FaultyDisk",
     "Fd",
@@ -143,6 +145,7 @@ __all__ = [
     "OperatorError",
     "PeerGone",
     "ProtocolError",
+    "RateLimit",
     "Read",
     "ReadInto",
     "RemoteProtocolError",

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 
 from vhostuser.control import INVALID_PARAMS, ControlError, Method, Params, only
 from vhostuser.disks.registry import parse_size
+from vhostuser.request_methods import request_methods
 
 if TYPE_CHECKING:
     from vhostuser.blk.device import BlockDevice
 
 
 def disk_methods(device: BlockDevice, *, version: str) -> dict[str, Method]:
-    """The methods about one disk: ``disk.info``, ``disk.stats``, ``disk.resize`` and ``server.version``."""
+    """The methods about one disk: ``disk.info``, ``disk.stats``, ``disk.resize`` and ``server.version``, and those of
+    `request_methods`."""
 
     def info(params: Params) -> object:
         only(params)
@@ -43,4 +45,7 @@ def disk_methods(device: BlockDevice, *, version: str) -> dict[str, Method]:
         only(params)
         return {"name": "vhostuser", "version": version}
 
-    return {"disk.info": info, "disk.stats": stats, "disk.resize": resize, "server.version": server_version}
+    own: dict[str, Method] = {
+        "disk.info": info, "disk.stats": stats, "disk.resize": resize, "server.version": server_version,
+    }  # fmt: skip
+    return own | request_methods(device)

@@ -69,7 +69,9 @@ class FakeQueues:
         self.calls.append(("start", index, size, base, features, enabled, descriptors))
         self.inflight[index] = inflight
 
-    def stop(self, index: int, timeout_s: float = 30.0, *, leave: bool = False) -> int:
+    def stop(
+        self, index: int, timeout_s: float = 30.0, *, leave: bool = False, kept_timeout_s: float | None = None
+    ) -> int:
         if self.stuck:
             raise DrainTimeout("a write is still under way")
         self.calls.append(("stop", index))

@@ -19,6 +19,7 @@ from vhostuser.backend.device import ConfigNotice, Device
 from vhostuser.backend.hints import SHARE_HINT, SharingCheck
 from vhostuser.backend.inflight import make_region, take_region
 from vhostuser.backend.news import News
+from vhostuser.backend.reports import report
 from vhostuser.backend.vrings import Vrings
 from vhostuser.errors import (
     ConfigRefused,
@@ -54,7 +55,6 @@ from vhostuser.protocol.messages import name_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vhostuser._native import Event
     from vhostuser.transport import Transport
 
 Req = FrontendRequest
@@ -314,17 +314,13 @@ class Session:
         for event in self._device.queues.take_events():
             if event.kind in ENDINGS:
                 raise SessionOver(f"{ENDINGS[event.kind]}: {event.reason}")
-            self._log_event(event)
-
-    def _log_event(self, event: Event) -> None:
-        what = f"ring {event.index} is broken" if event.kind == "ring_broken" else event.kind.replace("_", " ")
-        log.error("%s: %s: %s", self._device.name, what, event.reason)
+            report(self._device.name, event)
 
     def _take_last_events(self) -> None:
         """Leave none to the next session: lost memory must not end a connection that has other memory."""
         for event in self._device.queues.take_events():
             if event.kind != "memory_lost":
-                self._log_event(event)
+                report(self._device.name, event)
 
     def _take_mail(self) -> None:
         os.eventfd_read(self._wake)
@@ -375,7 +371,8 @@ class Session:
         could overwrite what the next front-end writes."""
         while True:
             try:
-                self._rings.drain(self._stop_timeout_s if self._stopping else self._drain_timeout_s)
+                limit_s = self._stop_timeout_s if self._stopping else self._drain_timeout_s
+                self._rings.drain(limit_s, answer=self._open)
                 return
             except DrainTimeout as error:
                 log.error("%s: storage does not answer: %s", self._device.name, error)

@@ -39,6 +39,7 @@ class Vrings:
         self._plans: list[RingPlan[Fd]] = [RingPlan()] * queues.num_queues
         self._running: set[int] = set()
         self._enable_seen = False
+        self._kept_timeout_s = drain_timeout_s
         self.memory = GuestMemory()
         self.inflight: InflightRegion | None = None
         """Where rings that start from now on keep what is in flight."""
@@ -196,15 +197,18 @@ class Vrings:
         for index in self._running:
             self._queues.enable(index, self._states[index].enabled)
 
-    def drain(self, timeout_s: float) -> None:
+    def drain(self, timeout_s: float, *, answer: bool) -> None:
         """Stop every ring, and let go of the memory. Raises `DrainTimeout`; may be called again then.
 
-        What storage has not been given yet is left in the in-flight region, if there is one.
+        What storage has not been given yet, or has failed and is kept, is left in the in-flight region. Without one
+        such requests are dropped or, with ``answer``, those that are kept are answered with their errors.
         """
+        leave = self.inflight is not None or not answer
+        self._kept_timeout_s = 0.0
         deadline = time.monotonic() + timeout_s
         self.rest()
         for index in sorted(self._running):
-            self._stop(index, max(0.0, deadline - time.monotonic()), leave=True)
+            self._stop(index, max(0.0, deadline - time.monotonic()), leave=leave)
         self._queues.set_memory(GuestMemory(), max(0.0, deadline - time.monotonic()))
         self.memory = GuestMemory()
         self.inflight = None
@@ -264,12 +268,16 @@ class Vrings:
         )
         self._running.add(index)
         self._states[index] = state
+        self._kept_timeout_s = self._drain_timeout_s
 
     def _stop(self, index: int, timeout_s: float, *, leave: bool = False) -> int:
+        begin = time.monotonic()
         try:
-            base = self._queues.stop(index, timeout_s, leave=leave)
+            base = self._queues.stop(index, timeout_s, leave=leave, kept_timeout_s=self._kept_timeout_s)
         except DrainTimeout as error:
             raise DrainTimeout(f"ring {index} still waits for storage after {timeout_s:.0f} s: {error}") from error
+        # A hypervisor stops one ring after the other and waits: for failed requests of all of them no longer than once.
+        self._kept_timeout_s = max(0.0, self._kept_timeout_s - (time.monotonic() - begin))
         self._running.discard(index)
         return base
 

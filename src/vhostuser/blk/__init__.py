@@ -1,5 +1,6 @@
 """A virtio disk: its device side. Public names, nothing else."""
 
 from vhostuser.blk.device import BlockDevice
+from vhostuser.blk.policy import ErrorAction, ErrorPolicy, RateLimit
 
-__all__ = ["BlockDevice"]
+__all__ = ["BlockDevice", "ErrorAction", "ErrorPolicy", "RateLimit"]

@@ -8,15 +8,20 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
 
 from vhostuser._native import BlockQueues
 from vhostuser.backend.device import ConfigNotice, Device
+from vhostuser.blk.policy import ErrorPolicy, RateLimit
 from vhostuser.blk.shape import DEFAULT_SEG_MAX, Options, block_size_of, config_of, features_of
 from vhostuser.disks.disk import Capability, Disk
 from vhostuser.errors import ConfigRefused, OperatorError, UsageError
 from vhostuser.virtio.blk import DEVICE_ID, SECTOR, WRITEBACK_OFFSET, BlkFeature
 from vhostuser.virtio.features import feature_names
+
+if TYPE_CHECKING:
+    from vhostuser._native import InFlight
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +47,8 @@ class BlockDevice(Device):
         seg_max: int = DEFAULT_SEG_MAX,
         size_max: int = 0,
         poll_us: int = 0,
+        errors: ErrorPolicy | None = None,
+        rate_limit: RateLimit | None = None,
     ) -> None:
         """Prepare the queues; nothing is served before a `Server` runs. The disk stays the caller's, who closes it.
 
@@ -50,11 +57,15 @@ class BlockDevice(Device):
         ``block_size``, ``physical_block_size``: in bytes, powers of two; by default what storage says.
         ``seg_max``: data segments per request; ``size_max``: bytes per segment, 0 for no limit; both are for the
         driver's planning and are not enforced. ``poll_us``: how long an idle worker looks on before it sleeps.
+        ``errors``: what becomes of requests that storage fails; by default the guest is told. ``rate_limit``: how
+        much is taken a second; by default as much as comes.
         Raises `UsageError` for values that make no sense, `OperatorError` when the disk cannot be served with them.
         """
         super().__init__()
         options = Options(num_queues, num_workers, serial, block_size, physical_block_size, seg_max, size_max, poll_us)
         options.check()
+        errors = errors or ErrorPolicy()
+        errors.check()
         engine = disk.engine()
         if engine is None:
             raise OperatorError(
@@ -87,7 +98,13 @@ class BlockDevice(Device):
             max_discard_seg=config.max_discard_seg,
             max_write_zeroes_sectors=config.max_write_zeroes_sectors,
             max_write_zeroes_seg=config.max_write_zeroes_seg,
+            on_error=errors.on_error.value,
+            on_enospc=errors.on_enospc.value,
+            retry_for_s=errors.retry_for_s,
         )
+        self._errors = errors
+        if rate_limit is not None:
+            self._queues.set_rate_limit(rate_limit.iops, rate_limit.bps)
 
     @property
     def name(self) -> str:
@@ -220,6 +237,36 @@ class BlockDevice(Device):
         """One dictionary of counters per queue, read without stopping anything. Any thread."""
         return self._queues.stats()
 
+    @property
+    def errors(self) -> ErrorPolicy:
+        """What becomes of requests that storage fails."""
+        return self._errors
+
+    @property
+    def rate_limit(self) -> RateLimit:
+        """How much is taken a second; may be set at any time. Any thread."""
+        return RateLimit(*self._queues.rate_limit)
+
+    @rate_limit.setter
+    def rate_limit(self, limit: RateLimit) -> None:
+        self._queues.set_rate_limit(limit.iops, limit.bps)
+        log.info("%s: the rate limit is %s now", self.name, limit)
+
+    def requests(self) -> list[InFlight]:
+        """The requests in flight, queue by queue, each queue's oldest first; nothing is stopped. Any thread."""
+        return self._queues.in_flight()
+
+    def retry(self, request: tuple[int, int] | None = None) -> int:
+        """Submit requests that storage failed and that are kept again, now; returns how many. Any thread.
+
+        ``request``: queue and head of one; None: all. What is being tried just now is not counted.
+        """
+        return self._queues.retry(*(request or (None, None)))
+
+    def fail(self, request: tuple[int, int] | None = None) -> int:
+        """Tell the guest of the failure of requests that are kept; otherwise like `retry`. Any thread."""
+        return self._queues.fail(*(request or (None, None)))
+
     def info(self) -> dict[str, object]:
         """What a person wants to know about the disk, ready for JSON. Any thread."""
         config = self._config
@@ -232,6 +279,9 @@ class BlockDevice(Device):
             "read_only": self.read_only,
             "writeback": self._writeback,
             "flush_failed": self._queues.flush_failed,
+            "on_error": self._errors.on_error.value,
+            "on_enospc": self._errors.on_enospc.value,
+            "rate_limit": asdict(self.rate_limit),
             "num_queues": self.num_queues,
             "connected": self.connected,
             "features_offered": feature_names(self._features, BlkFeature),

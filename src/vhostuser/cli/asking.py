@@ -15,6 +15,14 @@ control_option = click.option(
 )
 """For every command that asks."""
 
+request_option = click.option(
+    "--request",
+    multiple=True,
+    metavar="QUEUE:HEAD",
+    help="Only this one, as stats --inflight names it; may be repeated.",
+)
+"""For commands that decide about requests."""
+
 
 def control_path(socket: str, control: str | None) -> str:
     """Where the control socket of the disk served on ``socket`` is."""
@@ -45,3 +53,17 @@ def ask(client: ControlClient, method: str, **params: object) -> dict[str, objec
     if not isinstance(result, dict):
         raise OperatorError(method, "the answer makes no sense", "See whether both programs have the same version")
     return result
+
+
+def number(answer: dict[str, object], key: str) -> int:
+    """A number of an answer. Raises `OperatorError` when it is none."""
+    value = answer.get(key)
+    if not isinstance(value, int):
+        raise OperatorError(key, "the answer makes no sense", "See whether both programs have the same version")
+    return value
+
+
+def decide(socket: str, control: str | None, method: str, requests: tuple[str, ...]) -> int:
+    """Have ``method`` carried out for ``requests``, or for all; returns for how many it was. Raises `OperatorError`."""
+    with connect(socket, control) as client:
+        return number(ask(client, method, **({"requests": list(requests)} if requests else {})), "requests")

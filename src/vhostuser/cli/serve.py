@@ -70,6 +70,28 @@ def default_queues() -> int:
     show_default=True,
     help="How files and block devices are read and written.",
 )
+@click.option(
+    "--on-error",
+    type=click.Choice(["report", "retry", "hold"]),
+    default="report",
+    show_default=True,
+    help="What becomes of a request that storage fails: the guest is told, it is tried again, or you decide.",
+)
+@click.option(
+    "--on-enospc",
+    type=click.Choice(["report", "retry", "hold"]),
+    default="report",
+    show_default=True,
+    help="The same for one that fails because storage is full.",
+)
+@click.option(
+    "--retry-for",
+    type=float,
+    metavar="SECONDS",
+    show_default="for ever",
+    help="How long a request is tried again before the guest is told.",
+)
+@click.option("--rate-limit", metavar="iops=N,bps=N", help="Take at most so many requests and bytes a second.")
 @click.option("--poll-us", type=int, default=0, metavar="US", help="How long an idle thread looks on before it sleeps.")
 @click.option("--socket-mode", type=octal, default="0600", show_default=True, help="Permissions of the socket.")
 @click.option("--socket-group", metavar="GROUP", help="Group of the socket.")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from vhostuser import systemd
 from vhostuser.backend import Server
-from vhostuser.blk import BlockDevice
+from vhostuser.blk import BlockDevice, ErrorAction, ErrorPolicy, RateLimit
 from vhostuser.cli import CONTROL_SUFFIX
 from vhostuser.cli.signals import Limit, Signals, end_here
 from vhostuser.disks import Disk, Faults, FaultyDisk, open_disk
@@ -58,6 +58,13 @@ class Service:
     cache: str = "writeback"
     engine: str = "auto"
     poll_us: int = 0
+    on_error: str = "report"
+    on_enospc: str = "report"
+    """What becomes of failed requests: a value of `ErrorAction`."""
+    retry_for: float | None = None
+    """Seconds that a failed request is tried again; None: for ever."""
+    rate_limit: str | None = None
+    """A text for `RateLimit.parse`."""
     socket_mode: int = 0o600
     socket_group: str | None = None
     lock: bool = True
@@ -136,8 +143,21 @@ class Service:
             block_size=self.block_size,
             physical_block_size=self.physical_block_size,
             poll_us=self.poll_us,
+            errors=self._error_policy(),
+            rate_limit=RateLimit.parse(self.rate_limit) if self.rate_limit is not None else None,
             **({} if self.seg_max is None else {"seg_max": self.seg_max}),
         )
+
+    def _error_policy(self) -> ErrorPolicy:
+        policy = ErrorPolicy(ErrorAction(self.on_error), ErrorAction(self.on_enospc), self.retry_for)
+        if policy.retry_for_s is not None and ErrorAction.RETRY not in (policy.on_error, policy.on_enospc):
+            raise UsageError("--retry-for", "nothing is tried again", "Add --on-error retry or --on-enospc retry")
+        if policy.keeps and self.cache == "writethrough":
+            log.warning(
+                "%s: with --cache writethrough a failed write is always told to the guest; use --cache none to keep it",
+                self.disk,
+            )
+        return policy
 
     def _inherited(self) -> tuple[str, Listener | Transport | None, Listener | None]:
         """What to serve on, for a person, and the sockets for disk and control that this process was started with."""

@@ -11,7 +11,7 @@ import click
 import msgspec
 
 from vhostuser.cli import asking, failures
-from vhostuser.errors import OperatorError
+from vhostuser.errors import OperatorError, UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 SHOWN = ("reads", "writes", "flushes", "read_bytes", "written_bytes", "errors", "in_flight", "oldest_age_us")
 """What people want to see first; the other keys are shown when they are not zero."""
 
-LEVELS = frozenset({"in_flight", "oldest_age_us", "broken"})
+LEVELS = frozenset({"in_flight", "held", "retrying", "oldest_age_us", "broken"})
 """Keys that say how things are now; all others count."""
 
 Queues = list[dict[str, int]]
+Requests = list[dict[str, int | str | None]]
 
 
 @click.command("stats", context_settings={"help_option_names": ["-h", "--help"]})
@@ -34,15 +35,23 @@ Queues = list[dict[str, int]]
 @click.option(
     "--interval", type=click.FloatRange(min=0.1), default=1.0, show_default=True, help="Seconds, with --watch."
 )
+@click.option("--inflight", is_flag=True, help="The requests that are not answered yet, one by one.")
 @asking.control_option
 @failures.verbose_option
-def command(socket: str, as_json: bool, watch: bool, interval: float, control: str | None) -> None:
+def command(
+    socket: str, as_json: bool, watch: bool, interval: float, inflight: bool, control: str | None
+) -> None:  # fmt: skip
     """Show what the disk served on SOCKET has done since it was started, queue by queue.
 
     Reading the counters stops nothing.
     """
+    if inflight and watch:
+        raise UsageError("--inflight", "it excludes --watch", "Use one of the two")
     with asking.connect(socket, control) as client:
         name = str(asking.ask(client, "disk.info")["disk"])
+        if inflight:
+            list_requests(name, checked_requests(asking.ask(client, "disk.requests")), as_json=as_json)
+            return
 
         def read() -> Queues:
             return checked(asking.ask(client, "disk.stats"))
@@ -64,6 +73,37 @@ def checked(answer: Mapping[str, object]) -> Queues:
         raise OperatorError(
             "disk.stats", "the answer makes no sense", "See whether both programs have one version"
         ) from error
+
+
+def checked_requests(answer: Mapping[str, object]) -> Requests:
+    """The requests of an answer of ``disk.requests``. Raises `OperatorError` for one that is none."""
+    try:
+        return msgspec.convert(answer["requests"], Requests)
+    except (KeyError, msgspec.ValidationError) as error:
+        raise OperatorError(
+            "disk.requests", "the answer makes no sense", "See whether both programs have one version"
+        ) from error
+
+
+def list_requests(name: str, requests: Requests, *, as_json: bool) -> None:
+    """Every request in flight, for programs or for a person."""
+    if as_json:
+        print(json.dumps({"disk": name, "requests": requests}))
+        return
+    from rich.table import Table
+
+    from vhostuser.cli import screen
+
+    made = Table("request", "type", "sector", "bytes", "age", "state", "error", title=f"{name}, in flight")
+    for column in made.columns[2:5]:
+        column.justify = "right"
+    for one in requests:
+        age_s = int(one["age_us"] or 0) / 1e6
+        made.add_row(
+            f"{one['queue']}:{one['head']}", str(one["type"]), str(one["sector"]), str(one["bytes"]), f"{age_s:.3f} s",
+            str(one["state"]), str(one["error"] or ""),
+        )  # fmt: skip
+    screen.console().print(made)
 
 
 def readings(read: Callable[[], Queues], interval_s: float) -> Iterator[Queues]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -24,20 +25,24 @@ class Faults:
     """Also for discards and zeroes."""
     delay_flush_s: float = 0.0
     error_read: float = 0.0
-    """The share of reads, 0..1, that fail with EIO."""
+    """The share of reads, 0..1, that fail."""
     error_write: float = 0.0
-    """The share of writes, discards and zeroes that fail with EIO and store nothing."""
+    """The share of writes, discards and zeroes that fail and store nothing."""
     error_flush: float = 0.0
+    errno: int = errno.EIO
+    """What they fail with."""
+    error_limit: int | None = None
+    """So many requests fail, then storage is well again; None: no end."""
     seed: int = 0
     """Equal seeds fail equal requests."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read a text like ``delay-read=5ms,error-write=0.01,seed=7``.
+        """Read a text like ``delay-read=5ms,error-write=0.01,errno=ENOSPC,error-limit=10,seed=7``.
 
         Delays are in ``us``, ``ms`` or ``s``, shares are fractions or per cent (``1%``). Raises `UsageError`.
         """
-        faults: dict[str, float | int] = {}
+        faults: dict[str, float | int | None] = {}
         for part in text.split(","):
             key, equals, value = part.strip().partition("=")
             name = key.replace("-", "_")
@@ -50,6 +55,10 @@ class Faults:
                     faults[name] = _share(value)
                 elif name == "seed":
                     faults[name] = int(value)
+                elif name == "errno":
+                    faults[name] = _errno(value)
+                elif name == "error_limit":
+                    faults[name] = _count(value)
                 else:
                     raise ValueError("is not known")
             except ValueError as error:
@@ -57,7 +66,7 @@ class Faults:
                     f"inject {part.strip()!r}",
                     str(error),
                     "Use delay-read, delay-write, delay-flush (like 5ms), error-read, error-write, error-flush "
-                    "(like 0.01 or 1%) or seed, separated by commas",
+                    "(like 0.01 or 1%), errno (like ENOSPC), error-limit (a number) or seed, separated by commas",
                 ) from None
         return cls(**faults)  # type: ignore[arg-type]
 
@@ -126,3 +135,16 @@ def _share(text: str) -> float:
     if share > 1:
         raise ValueError("is more than all requests")
     return share
+
+
+def _errno(text: str) -> int:
+    number = {name: number for number, name in errno.errorcode.items()}.get(text.upper())
+    if number is None:
+        raise ValueError("is not the name of an error")
+    return number
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 1 << 63:
+        raise ValueError("is not a number of requests")
+    return int(text)
