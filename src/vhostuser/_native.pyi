@@ -536,3 +536,35 @@ def run_load(
     `RemoteRingError` when it breaks the ring, `SetupError` when the load fits neither buffers, queue nor (with
     `verify`) blocks.
     """
+
+@final
+class Confined:
+    """What Landlock refuses to the threads it confines, beside files."""
+
+    @property
+    def abi(self) -> int:
+        """The version of Landlock that the kernel speaks, at least 1."""
+
+    @property
+    def tcp(self) -> bool:
+        """No TCP connection is made and no TCP port taken (Linux 6.7)."""
+
+    @property
+    def scopes(self) -> bool:
+        """No process outside is signalled, no abstract Unix socket outside connected to (Linux 6.12)."""
+
+def restrict_files(removable: Sequence[str]) -> Confined:
+    """Let the calling thread, and the threads it makes from now on, open, make, change and run no file, for good.
+
+    What is open stays usable. Files may be removed from the directories `removable`. Other threads that exist already
+    are not reached: call it before there are any. Needs no privilege. Raises `OSError` where the kernel has no
+    Landlock (ENOSYS, EOPNOTSUPP) or a directory is none; nothing is restricted then.
+    """
+
+def restrict_calls() -> None:
+    """Hold every thread of this process, for good, to the system calls that serving a disk needs; others fail: EPERM.
+
+    Nothing can be opened, connected, mounted or executed, no process made, no memory made executable, no io_uring set
+    up or registered with: rings that the workers need are made before. Needs no privilege. Raises `OSError` where the
+    kernel has no seccomp (ENOSYS, EINVAL, or EPERM of another filter) or a thread follows a filter of its own (ESRCH).
+    """

@@ -12,6 +12,7 @@ mod error;
 mod inflight;
 mod memory;
 mod queues;
+mod sandbox;
 
 use pyo3::prelude::*;
 
@@ -34,5 +35,8 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<client::StopFlag>()?;
     module.add_class::<client::LoadResult>()?;
     module.add_function(wrap_pyfunction!(client::run_load, module)?)?;
+    module.add_class::<sandbox::Confined>()?;
+    module.add_function(wrap_pyfunction!(sandbox::restrict_files, module)?)?;
+    module.add_function(wrap_pyfunction!(sandbox::restrict_calls, module)?)?;
     Ok(())
 }

@@ -7,6 +7,7 @@ pub mod memfd;
 pub mod poll;
 #[cfg(feature = "steps")]
 pub mod process;
+pub mod sandbox;
 pub mod sigbus;
 pub mod storage;
 pub mod thread;

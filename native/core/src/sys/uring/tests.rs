@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 
 use super::*;
 use crate::sys::buffer::AlignedBuffer;
@@ -131,5 +132,46 @@ fn a_ring_dropped_by_another_thread_does_not_hang_it() {
             writer.write_all(&[1; 64]).unwrap();
         }
         std::thread::spawn(move || drop(ring)).join().unwrap();
+    }
+}
+
+/// Pushes an entry that no request of ours makes, and returns what becomes of it.
+fn try_entry(ring: &mut Ring<u32>, entry: &squeue::Entry) -> i32 {
+    // SAFETY: what the entries of this test name are constants.
+    unsafe { ring.ring.submission().push(entry) }.unwrap();
+    ring.ring.submit_and_wait(1).unwrap();
+    ring.ring.completion().next().unwrap().result()
+}
+
+#[test]
+fn a_ring_opens_connects_and_links_nothing() {
+    for (posting, mut ring) in rings() {
+        let here = Fd(libc::AT_FDCWD);
+        let pair = UnixStream::pair().unwrap();
+        let socket = Fd(pair.0.as_raw_fd());
+        let address = libc::sockaddr_un { sun_family: libc::AF_UNIX as u16, sun_path: [0; 108] };
+        let size = std::mem::size_of_val(&address) as u32;
+        let entries = [
+            opcode::OpenAt::new(here, c"/dev/null".as_ptr()).flags(libc::O_RDONLY).build(),
+            opcode::Socket::new(libc::AF_UNIX, libc::SOCK_STREAM, 0).build(),
+            opcode::Connect::new(socket, (&raw const address).cast(), size).build(),
+            opcode::Accept::new(socket, std::ptr::null_mut(), std::ptr::null_mut()).build(),
+            opcode::Shutdown::new(socket, libc::SHUT_RDWR).build(),
+            opcode::Close::new(socket).build(),
+            opcode::UnlinkAt::new(here, c"/nowhere".as_ptr()).build(),
+            opcode::RenameAt::new(here, c"/nowhere".as_ptr(), here, c"/elsewhere".as_ptr()).build(),
+            opcode::Nop::new().build(),
+            opcode::PollAdd::new(socket, libc::POLLIN as u32).build().flags(squeue::Flags::IO_LINK),
+            opcode::Fsync::new(Fd(0)).build().flags(squeue::Flags::FIXED_FILE),
+        ];
+        for entry in &entries {
+            assert_eq!(try_entry(&mut ring, entry), -libc::EACCES, "{posting:?} {entry:?}");
+        }
+        let fds = [0];
+        assert_eq!(
+            ring.ring.submitter().register_files(&fds).unwrap_err().raw_os_error(),
+            Some(libc::EACCES),
+            "{posting:?}"
+        );
     }
 }
