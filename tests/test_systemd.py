@@ -28,16 +28,29 @@ def test_notices_reach_the_manager(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(address.replace("@", "\0"))
         monkeypatch.setenv("NOTIFY_SOCKET", address)
-        assert systemd.notify(systemd.READY)
-        assert systemd.notify(systemd.STOPPING)
+        with systemd.Manager() as connection:
+            monkeypatch.delenv("NOTIFY_SOCKET")
+            assert connection.notify(systemd.READY)
+            assert connection.notify(systemd.STOPPING)
+        assert not connection.notify(systemd.READY)
         assert [manager.recv(100), manager.recv(100)] == [b"READY=1", b"STOPPING=1"]
 
 
 def test_without_a_manager_nothing_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not systemd.notify(systemd.READY)
-    for address in ("", "vsock:2:1234", str(tmp_path / "nobody")):
-        monkeypatch.setenv("NOTIFY_SOCKET", address)
-        assert not systemd.notify(systemd.READY)
+    for address in (None, "", "vsock:2:1234", str(tmp_path / "nobody")):
+        if address is not None:
+            monkeypatch.setenv("NOTIFY_SOCKET", address)
+        with systemd.Manager() as connection:
+            assert not connection.notify(systemd.READY)
+
+
+def test_a_manager_that_has_gone_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        connection = systemd.Manager()
+    with connection:
+        assert not connection.notify(systemd.READY)
 
 
 PROGRAM = """

@@ -9,7 +9,8 @@ import logging
 import os
 import socket
 from dataclasses import dataclass
-from typing import Final
+from types import TracebackType
+from typing import Final, Self
 
 from vhostuser.errors import UsageError
 from vhostuser.fds import Fd
@@ -23,23 +24,49 @@ STOPPING: Final = "STOPPING=1"
 log = logging.getLogger(__name__)
 
 
-def notify(state: str) -> bool:
-    """Tell the service manager ``state``: `READY`, `STOPPING`, or several assignments on lines of their own.
+class Manager:
+    """The service manager, if there is one that wants to hear of us. Connected to once: a sandbox makes no socket."""
 
-    Returns False when nobody wants to know. A manager that cannot be reached is logged and ignored.
-    """
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address.startswith(("/", "@")):
-        return False
-    if address.startswith("@"):
-        address = "\0" + address[1:]
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as own:
-            own.sendto(state.encode(), socket.MSG_NOSIGNAL, address)
-    except OSError as error:
-        log.warning("the service manager was not told %s: %s", state, error)
-        return False
-    return True
+    def __init__(self) -> None:
+        """Connect to where ``NOTIFY_SOCKET`` says. A manager that cannot be reached is logged and ignored."""
+        self._socket: socket.socket | None = None
+        address = os.environ.get("NOTIFY_SOCKET", "")
+        if not address.startswith(("/", "@")):
+            return
+        own = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        try:
+            own.connect("\0" + address[1:] if address.startswith("@") else address)
+        except OSError as error:
+            log.warning("the service manager is told nothing: %s", error)
+            own.close()
+        else:
+            self._socket = own
+
+    def notify(self, state: str) -> bool:
+        """Tell ``state``: `READY`, `STOPPING`, or several assignments on lines of their own.
+
+        Returns False when nobody wants to know, or is logged and ignored.
+        """
+        if self._socket is None:
+            return False
+        try:
+            self._socket.send(state.encode(), socket.MSG_NOSIGNAL)
+        except OSError as error:
+            log.warning("the service manager was not told %s: %s", state, error)
+            return False
+        return True
+
+    def close(self) -> None:
+        """Disconnect. Idempotent."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
 
 
 @dataclass(frozen=True, slots=True)

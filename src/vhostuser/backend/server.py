@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import resource
@@ -52,7 +53,8 @@ class Server:
         """Takes ``endpoint``: a listener, or one connection that somebody else has accepted, which is served alone.
 
         ``stop_timeout_s``: how long storage may take to come to rest after `stop`; None for ``drain_timeout_s``.
-        ``once``: end when the first front-end has left. The device stays the caller's.
+        ``once``: end when the first front-end has left. The device stays the caller's. The limit of open descriptors is
+        raised here, where a process may still change its limits (see `vhostuser.sandbox`).
         """
         self._wake = Fd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         self._device = device
@@ -71,6 +73,7 @@ class Server:
         self._waiting_until = 0.0
         self._served = False
         self._thread: threading.Thread | None = None
+        raise_fd_limit(device.num_queues)
 
     def __del__(self) -> None:
         self._wake.close()  # not sooner: `stop` may come at any time, also from a signal handler
@@ -97,7 +100,6 @@ class Server:
 
         Runs on the caller's thread. Raises `VhostUserError` or `OSError` when listening itself fails.
         """
-        raise_fd_limit(self._device.num_queues)
         with selectors.DefaultSelector() as selector:
             try:
                 selector.register(self._wake, selectors.EVENT_READ)
@@ -278,11 +280,20 @@ def raise_fd_limit(num_queues: int) -> None:
 
     A front-end sends up to 509 regions and three descriptors per ring.
     """
-    open_now = len(os.listdir("/proc/self/fd"))
-    needed = open_now + FDS_PER_REGION * MAX_MEM_SLOTS + FDS_PER_RING * num_queues + SPARE_FDS
+    needed = FDS_PER_REGION * MAX_MEM_SLOTS + FDS_PER_RING * num_queues + SPARE_FDS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed += sum(map(_is_open, range(needed if soft == resource.RLIM_INFINITY else min(soft, needed))))
     if soft != resource.RLIM_INFINITY and soft < needed:
         wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         if wanted < needed:
             log.warning("only %d descriptors may be open: front-ends with much memory may be refused", wanted)
+
+
+def _is_open(fd: int) -> bool:
+    """Asked of each one: who has given up files cannot list them."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_GETFD)
+    except OSError:
+        return False
+    return True

@@ -87,7 +87,7 @@ class BlockDevice(Device):
         self._queues = BlockQueues(
             engine,
             num_queues=num_queues,
-            num_workers=num_workers or min(num_queues, os.cpu_count() or 1),
+            num_workers=num_workers or min(num_queues, len(os.sched_getaffinity(0))),
             num_sectors=self._num_sectors,
             block_size=self._block_size,
             read_only=self.read_only,

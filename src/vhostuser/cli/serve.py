@@ -119,8 +119,16 @@ def default_queues() -> int:
 )
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="On stderr.")
 @click.option("--exit-on-disconnect", "once", is_flag=True, help="End when the first virtual machine has left.")
+@click.option(
+    "--sandbox",
+    type=click.Choice(["on", "require", "off"]),
+    default="on",
+    show_default=True,
+    help="Give up files and system calls that serving does not need; 'require' fails where the kernel cannot do it.",
+)
+@click.option("--no-sandbox", is_flag=True, help="The same as --sandbox off.")
 @failures.verbose_option
-def command(log_format: str, **chosen: object) -> None:
+def command(log_format: str, sandbox: str, no_sandbox: bool, **chosen: object) -> None:
     """Serve DISK to virtual machines, one at a time: a path, memory:size=1G or null:size=1T.
 
     Stays in the foreground. SIGTERM and SIGINT end it once requests in flight are done, or after --stop-timeout; SIGHUP
@@ -130,4 +138,4 @@ def command(log_format: str, **chosen: object) -> None:
     from vhostuser.cli.service import Service
 
     logs.configure(log_format, verbose=failures.verbose())
-    Service(**chosen).run()  # type: ignore[arg-type]  # click has converted what the options name
+    Service(sandbox="off" if no_sandbox else sandbox, **chosen).run()  # type: ignore[arg-type]  # click has converted what the options name

@@ -10,7 +10,7 @@ import logging
 import os
 import select
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,6 +24,7 @@ from vhostuser.cli.signals import Limit, Signals, end_here
 from vhostuser.disks import Disk, Faults, FaultyDisk, open_disk
 from vhostuser.errors import OperatorError, UsageError
 from vhostuser.fds import Fd
+from vhostuser.sandbox import Sandbox
 from vhostuser.socketpath import MAX_PATH, written
 from vhostuser.transport import Listener, Transport, adopt, listen
 
@@ -79,6 +80,8 @@ class Service:
     """Seconds to wait for a predecessor, or anybody else, to let go of the image."""
     upgrade: bool = False
     """Take the sockets over from the server that runs."""
+    sandbox: str = "on"
+    """One of `vhostuser.sandbox.MODES`."""
     socket_option: str = "--socket"
     """How the program calls ``socket``, for messages."""
 
@@ -88,8 +91,9 @@ class Service:
         Does not return when storage hangs at the end: the process ends then, at the latest `stop_timeout` seconds after
         the signal.
         """
-        limit = Limit()
+        limit, sandbox = Limit(), Sandbox(self.sandbox)
         with ExitStack() as stack:
+            manager = stack.enter_context(systemd.Manager())
             stack.callback(limit.cancel)  # the last thing
             named, endpoint, control = self._take_over() if self.upgrade else self._inherited()
             for one in (endpoint, control):
@@ -97,8 +101,6 @@ class Service:
                     stack.callback(one.close)
             # Until there is something to clean up, a signal may end the process where it is.
             disk = stack.enter_context(self._open_disk(self._place(endpoint), endpoint))
-            device = self._make_device(disk)
-            stack.callback(device.close)
             signals = stack.enter_context(Signals())
             if endpoint is None:
                 assert self.socket is not None
@@ -107,18 +109,29 @@ class Service:
             if control is None and (path := self._control_path()) is not None:
                 control = listen(path, mode=0o600)
                 stack.callback(control.close)
+            answering = self._answering(control) if control is not None else None
+            listeners = [one for one in (endpoint, control) if isinstance(one, Listener)]
+            # No thread before, no file after; then the queues' threads and rings; then no other system call any more.
+            sandbox.give_up_files(listener.path for listener in listeners)
+            device = self._make_device(disk)
+            stack.callback(device.close)
             server = Server(
                 device, endpoint, drain_timeout_s=DRAIN_TIMEOUT_S,
                 stop_timeout_s=self.stop_timeout + DRAIN_TIMEOUT_S, once=self.once,
             )  # fmt: skip
-            if control is not None:
-                stack.enter_context(self._answering(control, device, server, endpoint))
+            sandbox.give_up_calls()
+            if answering is not None:
+                stack.enter_context(answering(device, server, endpoint))
             with running(server, signals) as failures:
                 size = f"{device.size} bytes, {'read-only, ' if device.read_only else ''}{self.queues} queues"
                 log.info("%s: serving %s on %s", device.name, size, named)
-                systemd.notify(systemd.READY)
-                listeners = [one for one in (endpoint, control) if isinstance(one, Listener)]
-                signals.obey(lambda: refresh(device), lambda: self._stop(device.name, server, listeners, limit))
+                manager.notify(systemd.READY)
+
+                def stop() -> None:
+                    manager.notify(systemd.STOPPING)
+                    self._stop(device.name, server, listeners, limit)
+
+                signals.obey(lambda: refresh(device), stop)
             if failures:
                 raise failures[0]
             log.info("%s: stopped", device.name)
@@ -198,16 +211,22 @@ class Service:
         return f"{disk_socket.place}, taken over", disk_socket, control
 
     def _answering(
-        self, control: Listener, device: BlockDevice, server: Server, endpoint: Listener | Transport
-    ) -> ControlServer:
+        self, control: Listener
+    ) -> Callable[[BlockDevice, Server, Listener | Transport], ControlServer]:
+        """Read what answering calls needs, for nothing is read in the sandbox, and return what makes the server."""
         from vhostuser.control import ControlServer  # not needed without one
         from vhostuser.handover import Handover
         from vhostuser.methods import disk_methods
 
-        methods = disk_methods(device, version=version("vhostuser"))
-        if isinstance(endpoint, Listener):
-            methods |= Handover(device.name, server, endpoint, control).methods()
-        return ControlServer(control, methods)
+        release = version("vhostuser")
+
+        def make(device: BlockDevice, server: Server, endpoint: Listener | Transport) -> ControlServer:
+            methods = disk_methods(device, version=release)
+            if isinstance(endpoint, Listener):
+                methods |= Handover(device.name, server, endpoint, control).methods()
+            return ControlServer(control, methods)
+
+        return make
 
     def _stop(self, name: str, server: Server, listeners: list[Listener], limit: Limit) -> None:
         """A signal asks for the end. What storage does not answer in time is left, in the in-flight region if there is
@@ -225,7 +244,6 @@ class Service:
                 listener.remove_file()
             end_here(1 if left and not kept else 0)
 
-        systemd.notify(systemd.STOPPING)
         limit.start(seconds, give_up)
         server.stop()
 

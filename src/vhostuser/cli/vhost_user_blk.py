@@ -27,12 +27,15 @@ CAPABILITIES: dict[str, object] = {"type": "block", "features": ["read-only", "b
 )
 @click.option("--blk-file", metavar="PATH", help="The image file or block device to serve.")
 @click.option("--read-only", is_flag=True, help="The guest may not write.")
+@click.option("--no-sandbox", is_flag=True, help="Do not give up files and system calls that serving does not need.")
 @click.option("--print-capabilities", is_flag=True, help="Print what this program can do as JSON, and nothing else.")
 @click.option(
     "--print-discovery", is_flag=True, help="Print the discovery file for this program where it is installed."
 )
 @failures.verbose_option
-def command(socket_path: str | None, fd: int | None, blk_file: str | None, read_only: bool, **_: bool) -> None:
+def command(
+    socket_path: str | None, fd: int | None, blk_file: str | None, read_only: bool, no_sandbox: bool, **_: bool
+) -> None:
     """Serve a file or block device as a virtio disk over vhost-user, following the back-end program conventions.
 
     Stays in the foreground, ends on SIGTERM. `vhostuser serve` does the same with more to choose.
@@ -52,6 +55,7 @@ def command(socket_path: str | None, fd: int | None, blk_file: str | None, read_
         read_only=read_only,
         queues=default_queues(),
         control=NO_CONTROL,
+        sandbox="off" if no_sandbox else "on",
     ).run()
 
 

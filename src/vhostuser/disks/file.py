@@ -54,6 +54,7 @@ class FileDisk(NativeDisk):
             self._limits = self._find_limits()
             self.capabilities = self._find_capabilities(read_only)
             self._engine: EngineSpec | None = self._make_engine(engine)
+            self._flushed = Fd(os.open(f"/proc/self/fd/{self._fd.fileno()}", os.O_RDONLY | os.O_CLOEXEC))
         except BaseException:
             self._fd.close()
             raise
@@ -83,10 +84,10 @@ class FileDisk(NativeDisk):
         """Put everything written so far on stable storage.
 
         Uses an open file description of its own: an error is told once to each, and one told here must not be missing
-        where the guest's next FLUSH looks for it.
+        where the guest's next FLUSH looks for it. It is open from the beginning, for nothing can be opened later in a
+        sandbox.
         """
-        with Fd(os.open(f"/proc/self/fd/{self._fd.fileno()}", os.O_RDONLY | os.O_CLOEXEC)) as own:
-            os.fdatasync(own.fileno())
+        os.fdatasync(self._flushed.fileno())
 
     def refresh(self) -> int:
         """Ask for the size again, in bytes; a file or volume may have been resized by someone else."""
@@ -114,6 +115,7 @@ class FileDisk(NativeDisk):
         """Close our descriptor. Queues made from the engine have duplicates: the lock lasts until they are closed and
         their last request has ended."""
         self._engine = None
+        self._flushed.close()
         self._fd.close()
 
     def _kind(self) -> bool:

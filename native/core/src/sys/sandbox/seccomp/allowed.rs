@@ -46,6 +46,7 @@ pub(super) const ALWAYS: &[c_long] = &[
     libc::SYS_fstat,
     libc::SYS_newfstatat,
     libc::SYS_statx,
+    libc::SYS_fstatfs,
     libc::SYS_readlinkat,
     libc::SYS_unlinkat,
     libc::SYS_eventfd2,
