@@ -1,7 +1,7 @@
 """What a serving process gives up for good: files first, then system calls. Touches this process and all its threads.
 
-The order matters. Files (Landlock) are given up by one thread for itself and those it makes, so that is done while there
-is no other; system calls (seccomp) are given up by all threads at once, when nothing is left to open or to make.
+The order matters. Files (Landlock) are given up by one thread for itself and those it makes, so that is done while
+there is no other; system calls (seccomp) are given up by all threads at once, when nothing is left to open or to make.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ class Sandbox:
     def _lack(self, what: str, error: OSError | None) -> None:
         cause = what if error is None else f"{what}: {os.strerror(error.errno or 0)}"
         if self._mode == "require":
-            raise OperatorError("sandbox", f"it cannot be enforced here ({cause})", "Use --sandbox on, or another kernel")
+            raise OperatorError(
+                "sandbox", f"it cannot be enforced here ({cause})", "Use --sandbox on, or another kernel"
+            )
         self._missing.append(cause)
 
 
