@@ -210,9 +210,7 @@ class Service:
             disk_socket, control = predecessor.take_over(self.socket)
         return f"{disk_socket.place}, taken over", disk_socket, control
 
-    def _answering(
-        self, control: Listener
-    ) -> Callable[[BlockDevice, Server, Listener | Transport], ControlServer]:
+    def _answering(self, control: Listener) -> Callable[[BlockDevice, Server, Listener | Transport], ControlServer]:
         """Read what answering calls needs, for nothing is read in the sandbox, and return what makes the server."""
         from vhostuser.control import ControlServer  # not needed without one
         from vhostuser.handover import Handover
