@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import select
 import signal
@@ -52,12 +53,15 @@ def run() -> Run:
 class Serving:
     """A program that serves a disk: started, ready, and killed at the latest when the test ends."""
 
+    _numbers = itertools.count()
+
     def __init__(
         self, words: list[str], directory: Path, *, variables: Mapping[str, str], pass_fds: Sequence[int]
     ) -> None:
         """Starts it and waits for its ready notice. Raises `AssertionError` with its log when it ends before."""
-        self._log = directory / "serve.log"
-        place = directory / "notify"
+        number = next(self._numbers)
+        self._log = directory / f"serve{number}.log"
+        place = directory / f"notify{number}"
         place.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as self._notices, self._log.open("w") as log:
             self._notices.bind(str(place))
