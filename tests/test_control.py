@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from vhostuser.blk import BlockDevice
-from vhostuser.control import MAX_CLIENTS, MAX_LINE, ControlClient, ControlError, ControlServer, Params
+from vhostuser.control import MAX_CLIENTS, MAX_LINE, ControlClient, ControlServer
 from vhostuser.disks import FileDisk
 from vhostuser.errors import OperatorError, PeerGone, RemoteProtocolError
+from vhostuser.jsonrpc import ControlError, Params
 from vhostuser.methods import disk_methods
 from vhostuser.transport import listen
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import vhostuser
 
@@ -27,3 +28,7 @@ def test_serving_imports_neither_rich_nor_what_only_tests_need() -> None:
     code = "import sys, vhostuser.cli.service; print(sorted({'rich', 'msgspec', 'asyncio'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert vhostuser.__version__ == version("vhostuser")

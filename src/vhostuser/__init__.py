@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from vhostuser.virtio.blk import BlkFeature
     from vhostuser.virtio.features import RingFeature
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "_native": ("Chain", "ChainQueues", "GuestMemory"),
     "backend": ("ConfigNotice", "Device", "Server"),

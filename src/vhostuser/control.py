@@ -10,31 +10,21 @@ import logging
 import os
 import select
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, Self
+from typing import TYPE_CHECKING, Final, Self
 
-import msgspec
-
-from vhostuser.errors import OperatorError, PeerGone, RemoteProtocolError, UsageError, VhostUserError
+from vhostuser import jsonrpc
+from vhostuser.errors import PeerGone, RemoteProtocolError, VhostUserError
 from vhostuser.fds import Fd
+from vhostuser.jsonrpc import INVALID_REQUEST, ControlError, Method, Offer
 from vhostuser.transport import Listener, Transport, connect
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-PARSE_ERROR: Final = -32700
-INVALID_REQUEST: Final = -32600
-METHOD_NOT_FOUND: Final = -32601
-INVALID_PARAMS: Final = -32602
-INTERNAL_ERROR: Final = -32603
-FAILED: Final = -32000
-"""What was asked for makes sense and could not be done; ``data`` has the subject, cause and advice."""
-
 MAX_LINE: Final = 65536
 """Bytes of one request, its end of line included."""
-MAX_BATCH: Final = 64
 MAX_CLIENTS: Final = 16
 MAX_ANSWER: Final = 16 << 20
 """Bytes of one answer that a client takes: 256 queues of statistics fit well."""
@@ -42,53 +32,7 @@ SEND_TIMEOUT_S: Final = 10.0
 ACCEPT_PAUSE_S: Final = 1.0
 """How long to wait when no connection can be accepted, as when there are too many open files."""
 
-Params = Mapping[str, object]
-Method = Callable[[Params], object]
-"""Returns what is the result, or an `Offer`."""
-
 log = logging.getLogger(__name__)
-
-
-class ControlError(VhostUserError):
-    """A call that the other side answered with an error, or a parameter that a method cannot take."""
-
-    def __init__(self, code: int, message: str, data: object = None) -> None:
-        super().__init__(message)
-        self.code = code
-        self.data = data
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """A result with descriptors for a client that has to answer: by another call on the same connection, in time."""
-
-    result: object
-    fds: Sequence[Fd]
-    """Closed once they are sent."""
-    patience_s: float
-    """How long the client's next call may take; later, it is disconnected."""
-    over: Callable[[], None]
-    """Called when the connection has ended, however it ended."""
-
-
-class _Request(msgspec.Struct):
-    jsonrpc: Literal["2.0"]
-    method: str
-    params: dict[str, object] | list[object] = {}
-    id: int | float | str | msgspec.UnsetType | None = msgspec.UNSET
-
-
-class _Error(msgspec.Struct):
-    code: int
-    message: str
-    data: object = None
-
-
-class _Reply(msgspec.Struct):
-    jsonrpc: Literal["2.0"]
-    id: int | float | str | None = None
-    result: object = None
-    error: _Error | None = None
 
 
 class ControlServer:
@@ -159,7 +103,7 @@ class ControlServer:
         try:
             for line in lines:
                 known = len(offers)
-                reply = self._answer(line, offers)
+                reply = jsonrpc.answer(line, self._methods, offers)
                 with ExitStack() as sent:
                     fds = [sent.enter_context(fd) for offer in offers[known:] for fd in offer.fds]
                     lines.timeout_s = min((offer.patience_s for offer in offers), default=None)
@@ -179,63 +123,9 @@ class ControlServer:
     def _complain(self, transport: Transport) -> None:
         error = ControlError(INVALID_REQUEST, f"a request may have {MAX_LINE} bytes")
         try:
-            transport.send(msgspec.json.encode(_failure(None, error)) + b"\n")
+            transport.send(jsonrpc.refusal(error) + b"\n")
         except PeerGone:
             return
-
-    def _answer(self, line: bytes, offers: list[Offer]) -> bytes | None:
-        """The line that answers ``line``, without its end; None when only notifications were in it.
-
-        What is offered with it is added to ``offers``.
-        """
-        try:
-            raw = msgspec.json.decode(line)
-        except msgspec.DecodeError as error:
-            return msgspec.json.encode(_failure(None, ControlError(PARSE_ERROR, f"this is not JSON: {error}")))
-        if not isinstance(raw, list):
-            reply = self._answer_one(raw, offers)
-            return None if reply is None else msgspec.json.encode(reply)
-        if not 1 <= len(raw) <= MAX_BATCH:
-            refusal = ControlError(INVALID_REQUEST, f"a batch has 1 to {MAX_BATCH} requests, not {len(raw)}")
-            return msgspec.json.encode(_failure(None, refusal))
-        replies = [reply for one in raw if (reply := self._answer_one(one, offers)) is not None]
-        return msgspec.json.encode(replies) if replies else None
-
-    def _answer_one(self, raw: object, offers: list[Offer]) -> dict[str, object] | None:
-        try:
-            request = msgspec.convert(raw, _Request)
-        except msgspec.ValidationError as error:
-            key = raw.get("id") if isinstance(raw, dict) else None
-            key = key if isinstance(key, int | float | str) else None
-            return _failure(key, ControlError(INVALID_REQUEST, f"this is no request: {error}"))
-        try:
-            result = self._call(request)
-        except ControlError as error:
-            return None if request.id is msgspec.UNSET else _failure(request.id, error)
-        if isinstance(result, Offer):
-            offers.append(result)
-            result = result.result
-        return None if request.id is msgspec.UNSET else {"jsonrpc": "2.0", "id": request.id, "result": result}
-
-    def _call(self, request: _Request) -> object:
-        method = self._methods.get(request.method)
-        if method is None:
-            raise ControlError(METHOD_NOT_FOUND, f"there is no method {request.method!r}")
-        if not isinstance(request.params, dict):
-            raise ControlError(INVALID_PARAMS, "parameters have names here: give an object")
-        try:
-            return method(request.params)
-        except ControlError:
-            raise
-        except OperatorError as error:
-            code = INVALID_PARAMS if isinstance(error, UsageError) else FAILED
-            parts = {"subject": error.subject, "cause": error.cause, "advice": error.advice}
-            raise ControlError(code, str(error), parts) from error
-        except (VhostUserError, OSError) as error:
-            raise ControlError(FAILED, str(error)) from error
-        except Exception as error:
-            log.exception("control socket: %s failed", request.method)
-            raise ControlError(INTERNAL_ERROR, "an error of our own; the log has more") from error
 
 
 class ControlClient:
@@ -256,20 +146,14 @@ class ControlClient:
         silent or gone, `RemoteProtocolError` when it does not speak JSON-RPC. Descriptors that come with it are kept
         for `take_fds`."""
         self._calls += 1
-        request = {"jsonrpc": "2.0", "id": self._calls, "method": method, "params": params}
-        self._transport.send(msgspec.json.encode(request) + b"\n")
+        self._transport.send(jsonrpc.request(self._calls, method, params) + b"\n")
         try:
             line = next(self._lines, None)
-            if line is None:
-                raise PeerGone("the control socket was closed before the answer came")
-            reply = msgspec.json.decode(line, type=_Reply)
-        except (_LineTooLong, msgspec.DecodeError) as error:
+        except _LineTooLong as error:
             raise RemoteProtocolError(f"the answer is not JSON-RPC: {error}") from error
-        if reply.error is not None:
-            raise ControlError(reply.error.code, reply.error.message, reply.error.data)
-        if reply.id != self._calls:
-            raise RemoteProtocolError(f"call {self._calls} was answered as {reply.id!r}")
-        return reply.result
+        if line is None:
+            raise PeerGone("the control socket was closed before the answer came")
+        return jsonrpc.result(line, self._calls)
 
     def take_fds(self) -> list[Fd]:
         """Take over the descriptors that came with answers so far."""
@@ -333,17 +217,3 @@ class _Lines:
         if not data:
             raise StopIteration
         *self._ready, self._rest = (self._rest + data).split(b"\n")
-
-
-def _failure(key: object, error: ControlError) -> dict[str, object]:
-    body: dict[str, object] = {"code": error.code, "message": str(error)}
-    if error.data is not None:
-        body["data"] = error.data
-    return {"jsonrpc": "2.0", "id": key, "error": body}
-
-
-def only(params: Params, *names: str) -> None:
-    """Raise `ControlError` when there are parameters other than ``names``."""
-    surplus = sorted(set(params) - set(names))
-    if surplus:
-        raise ControlError(INVALID_PARAMS, f"there is no parameter {surplus[0]!r}")

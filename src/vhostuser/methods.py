@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vhostuser.control import INVALID_PARAMS, ControlError, Method, Params, only
 from vhostuser.disks.registry import parse_size
+from vhostuser.jsonrpc import INVALID_PARAMS, ControlError, Method, Params, only
 from vhostuser.request_methods import request_methods
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from vhostuser.blk.policy import RateLimit
-from vhostuser.control import INVALID_PARAMS, ControlError, Method, Params, only
 from vhostuser.errors import OperatorError
+from vhostuser.jsonrpc import INVALID_PARAMS, ControlError, Method, Params, only
 
 if TYPE_CHECKING:
     from collections.abc import Callable

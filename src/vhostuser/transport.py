@@ -9,7 +9,6 @@ from __future__ import annotations
 import array
 import errno
 import os
-import secrets
 import select
 import socket
 import stat
@@ -313,7 +312,7 @@ def listen(path: str, mode: int = 0o600, group: str | int | None = None, backlog
     if path.startswith("@"):
         return _listen_abstract(path, address, backlog)
     socketpath.refuse_occupied(path)
-    temporary = os.path.join(os.path.dirname(path), f".{secrets.token_hex(4)}.socket")
+    temporary = os.path.join(os.path.dirname(path), f".{os.urandom(4).hex()}.socket")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         os.fchmod(sock.fileno(), mode & 0o600)  # Linux makes the file with the mode of the socket

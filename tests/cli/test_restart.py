@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from vhostuser import ControlClient
-from vhostuser.control import ControlError
 from vhostuser.errors import VhostUserError
+from vhostuser.jsonrpc import ControlError
 from vhostuser.protocol import FrontendRequest, VringState
 from vhostuser.transport import connect
 

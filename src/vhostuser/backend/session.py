@@ -188,7 +188,8 @@ class Session:
                     return
 
     def _answer(self, message: Message[Fd]) -> None:
-        log.debug("%s: %s", self._device.name, describe(message))
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s: %s", self._device.name, describe(message))
         try:
             reply = self._carry_out(message)
         except REFUSALS as error:

@@ -7,8 +7,9 @@ import os
 import click
 
 from vhostuser.cli import CONTROL_SUFFIX
-from vhostuser.control import INVALID_PARAMS, ControlClient, ControlError
+from vhostuser.control import ControlClient
 from vhostuser.errors import OperatorError, UsageError
+from vhostuser.jsonrpc import INVALID_PARAMS, ControlError
 
 control_option = click.option(
     "--control", metavar="PATH", show_default="SOCKET.ctl", help="The control socket, when it was chosen for serving."

@@ -13,10 +13,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from vhostuser import systemd
+from vhostuser import __version__, systemd
 from vhostuser.backend import Server
 from vhostuser.blk import BlockDevice, ErrorAction, ErrorPolicy, RateLimit
 from vhostuser.cli import CONTROL_SUFFIX
@@ -194,7 +193,7 @@ class Service:
 
     def _take_over(self) -> tuple[str, Listener, Listener]:
         """Have the running server come to rest and end, once everything that can be tried before was tried."""
-        from vhostuser.handover import Predecessor  # only here
+        from vhostuser.succession import Predecessor  # only here
 
         path = self._control_path()
         if self.fd is not None or path is None:
@@ -216,10 +215,8 @@ class Service:
         from vhostuser.handover import Handover
         from vhostuser.methods import disk_methods
 
-        release = version("vhostuser")
-
         def make(device: BlockDevice, server: Server, endpoint: Listener | Transport) -> ControlServer:
-            methods = disk_methods(device, version=release)
+            methods = disk_methods(device, version=__version__)
             if isinstance(endpoint, Listener):
                 methods |= Handover(device.name, server, endpoint, control).methods()
             return ControlServer(control, methods)

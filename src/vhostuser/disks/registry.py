@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-from pathlib import Path
 from typing import Final
 
 from vhostuser.disks.disk import Disk
@@ -61,7 +61,7 @@ def open_disk(
         disk = _MADE[kind[1]](_size_option(text, kind[2]), read_only=read_only)
         disk.writeback = cache != "writethrough"
         return disk
-    if kind is not None and not Path(text).exists():
+    if kind is not None and not os.path.exists(text):
         raise UsageError(
             f"disk {text!r}",
             f"there is neither a file of this name nor a kind of disk called {kind[1]!r}",

@@ -9,7 +9,6 @@ import fcntl
 import os
 import stat
 import sys
-from pathlib import Path
 from typing import Final
 
 BLKROGET: Final = 0x125E
@@ -49,10 +48,11 @@ def queue_number(fd: int, name: str) -> int | None:
     """
     status = os.fstat(fd)
     device = status.st_rdev if stat.S_ISBLK(status.st_mode) else status.st_dev
-    root = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
-    for place in (root / "queue", root / ".." / "queue"):
+    root = os.path.realpath(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
+    for place in (root, os.path.dirname(root)):
         try:
-            return int((place.resolve() / name).read_text())
+            with open(f"{place}/queue/{name}") as file:
+                return int(file.read())
         except (OSError, ValueError):
             continue
     return None
@@ -86,7 +86,7 @@ def can_zero_ranges(path: str) -> bool:
     Found out with a nameless file beside it, since zeroing allocates; where none can be made the answer is no.
     """
     try:
-        fd = os.open(Path(path).resolve().parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fd = os.open(os.path.dirname(os.path.realpath(path)), os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError:
         return False
     try:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import fields
 from enum import IntEnum, IntFlag
 from typing import Final
-from uuid import UUID
 
 from vhostuser.protocol.ids import F_LOG_ALL, F_PROTOCOL_FEATURES, BackendRequest, FrontendRequest, ProtocolFeature
 from vhostuser.protocol.layout import Payload
@@ -91,7 +90,7 @@ def _payload(request: int, payload: Payload, replied: bool, device: type[IntFlag
         case Config():
             return [f"offset={payload.offset} size={payload.size} flags={payload.flags:#x}", *_bytes(payload.data)]
         case SharedObject(uuid):
-            return [f"uuid={UUID(bytes=uuid)}" if len(uuid) == 16 else f"uuid={uuid.hex()}"]
+            return [f"uuid={_uuid(uuid)}"]
         case ShmemConfig(nregions, sizes):
             return [f"nregions={nregions}", *(f"{shmid}:{size:#x}" for shmid, size in enumerate(sizes) if size)]
         case Raw(data):
@@ -166,3 +165,11 @@ def _bytes(data: bytes) -> list[str]:
     if not data:
         return []
     return [f"data={data[:SHOWN_BYTES].hex()}{'...' if len(data) > SHOWN_BYTES else ''}"]
+
+
+def _uuid(data: bytes) -> str:
+    """As `uuid.UUID` writes it, whose module takes long to import."""
+    digits = data.hex()
+    if len(data) != 16:
+        return digits
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
