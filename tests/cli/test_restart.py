@@ -325,6 +325,20 @@ def test_requests_under_way_are_done_before_the_hand_over(serving: Start, image:
         assert [sector_of(image, sector)[0] for sector in range(4)] == [9] * 4
 
 
+def test_a_request_that_is_held_goes_to_the_successor_in_the_region(serving: Start, image: Path, place: Path) -> None:
+    line = ("serve", str(image), "--socket", str(place), "--queues", "1", "--on-error", "hold")
+    first = serving(*line, "--inject", "error-write=1")
+    with Guest(place) as guest:
+        guest.write(2, 6)
+        taken(place, 1)
+        serving(*line, "--upgrade")
+        assert first.process.wait(WAIT_S) == 0
+        guest.connect()
+        guest.answered(1)
+        assert (guest.status(2), guest.marked) == (OK, [])
+    assert sector_of(image, 2) == bytes([6]) * 512
+
+
 def test_storage_that_hangs_keeps_the_disk_where_it_is_and_the_guest_does_not_notice(
     serving: Start, run: Run, image: Path, place: Path
 ) -> None:

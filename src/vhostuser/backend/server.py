@@ -187,8 +187,13 @@ class Server:
         session = self._session
         if session is not None:
             session.rest(True)
-        quiet = session is None or (session.at_rest and self.in_flight == 0)
+        quiet = session is None or (session.at_rest and self._with_storage(session) == 0)
         return quiet and not self._accepting and self._waiting is None
+
+    def _with_storage(self, session: Session) -> int:
+        """Requests that storage has not answered; those that it failed and that are kept can stay in a region."""
+        kept = ("held", "retrying") if session.recoverable else ()
+        return self.in_flight - sum(queue.get(key, 0) for queue in self._device.queues.stats() for key in kept)
 
     def _watch_listener(self, selector: selectors.BaseSelector) -> None:
         wanted = self._listener is not None and not self._resting
