@@ -5,9 +5,9 @@ BIN := .venv/bin
 CARGO := cd native && cargo
 export PYTHON
 
-NATIVE_SOURCES := $(shell find native \( -name target -o -name fuzz -o -name peers \) -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
+NATIVE_SOURCES := $(shell find native \( -name target -o -name fuzz -o -name loom -o -name peers \) -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
 
-.PHONY: all help demo build format lint test test-native guest interop bench docs fuzz oracle mutants kills packages clean
+.PHONY: all help demo build format lint test test-native guest interop bench docs fuzz loom sanitize oracle mutants kills packages clean
 .DELETE_ON_ERROR:
 
 all: format build lint test
@@ -25,6 +25,8 @@ help:
 	@echo 'make bench        the benchmarks'
 	@echo 'make docs         the documentation, warnings are errors; needs a passing `make test` for its tables'
 	@echo 'make fuzz         the fuzz targets, FUZZ_SECONDS (60) each'
+	@echo 'make loom         every order of events of the notifications and the mailbox (a minute)'
+	@echo 'make sanitize     the native tests under AddressSanitizer and ThreadSanitizer (minutes)'
 	@echo 'make oracle       the native ring against a slow one in Python, millions of steps (minutes)'
 	@echo 'make mutants      plants mistakes into the ring code; the oracle has to find each (half an hour)'
 	@echo 'make kills        kills back-ends at every step and KILLS (10000) times at random, and plants mistakes (half an hour)'
@@ -102,6 +104,11 @@ fuzz: build .venv/.fuzz
 	@command -v c++ >/dev/null || tools/install-packages g++
 	@$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
+# The same sources with loom's atomics: a workspace of its own (native/loom).
+loom:
+	@tools/check-rust
+	cd native/loom && cargo test --quiet --locked loom_
+
 oracle: build
 	ORACLE_OPERATIONS=4000000 $(BIN)/pytest tests/oracle
 
@@ -129,4 +136,4 @@ docs: .venv/.docs build build/covers.json
 	@echo 'docs/_build/html/index.html'
 
 clean:
-	rm -rf build dist docs/_build docs/reference/conformance.md .venv native/target native/fuzz/target src/vhostuser/_native*.so
+	rm -rf build dist docs/_build docs/reference/conformance.md .venv native/target native/fuzz/target native/loom/target src/vhostuser/_native*.so

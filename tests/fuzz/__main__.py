@@ -20,7 +20,7 @@ from tests.fuzz.seeds import seeds_of, write_seeds
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 CRATE: Final = ROOT / "native/fuzz"
 BUILD: Final = ROOT / "build/fuzz"
-NATIVE: Final = ("ring", "request")
+NATIVE: Final = ("ring", "request", "inflight", "address")
 PYTHON: Final = ("connection", "session")
 TRIPLE: Final = "x86_64-unknown-linux-gnu"
 MAX_SEEDS: Final = 60

@@ -2,10 +2,10 @@
 
 use std::fmt;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering};
 use std::sync::Arc;
 
 use super::{IoVec, Mapping};
+use crate::sys::sync::{AtomicU16, AtomicU32, AtomicU64, AtomicU8, Ordering};
 
 /// An access that does not fit into a slice, or is not aligned for its type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

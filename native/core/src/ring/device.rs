@@ -1,11 +1,11 @@
 //! The device half of a split ring: take chains, give them back, decide who must be notified.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{fence, Ordering};
 
 use super::{feature, index, layout, Areas, Broken, Chain, RingSetup, SetupError};
 use crate::memory::inflight::Left;
 use crate::memory::{GuestMemory, InflightQueue};
+use crate::sys::sync::{fence, Ordering};
 
 /// What a ring keeps of its in-flight region.
 #[derive(Debug)]

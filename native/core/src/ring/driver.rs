@@ -1,11 +1,11 @@
 //! The driver half of a split ring: make chains, publish them, take back what the device has used.
 
 use std::fmt;
-use std::sync::atomic::{fence, Ordering};
 
 use super::layout::{self, Descriptor, F_INDIRECT, F_NEXT, F_WRITE};
 use super::{feature, index, Areas};
 use crate::memory::{GuestSlice, OutOfBounds};
+use crate::sys::sync::{fence, Ordering};
 
 /// One buffer of a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -87,5 +87,7 @@ impl From<OutOfBounds> for Broken {
     }
 }
 
+#[cfg(all(test, loom))]
+mod orders;
 #[cfg(test)]
 mod tests;

@@ -10,5 +10,6 @@ pub mod process;
 pub mod sandbox;
 pub mod sigbus;
 pub mod storage;
+pub mod sync;
 pub mod thread;
 pub mod uring;

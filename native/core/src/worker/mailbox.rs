@@ -1,13 +1,12 @@
 //! How the owner reaches a worker: a list of commands, and a descriptor that wakes it.
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use super::served::{Served, Stopping};
 use super::Reply;
 use crate::memory::GuestMemory;
-use crate::sys::eventfd::EventFd;
+use crate::sys::sync::{AtomicBool, EventFd, Mutex, Ordering};
 
 /// What an owner asks of a worker. Rings are named by the worker's own numbers.
 #[derive(Debug)]

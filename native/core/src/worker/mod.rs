@@ -6,6 +6,8 @@
 mod events;
 mod in_flight;
 mod mailbox;
+#[cfg(all(test, loom))]
+mod orders;
 mod queues;
 mod run;
 mod served;
