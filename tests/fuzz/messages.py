@@ -18,6 +18,11 @@ MEMORY: Final = 0x2_0000
 RING: Final = 0x4000
 """Between two rings: the tables of ring ``i`` begin at ``i * RING``, as a driver would lay them out."""
 
+QUEUE: Final = 2112
+"""The bytes of an in-flight region for one ring of 128, the size of QEMU's."""
+
+REGION: Final = 2 * QUEUE
+
 AVAIL: Final = 0x1000
 USED: Final = 0x2000
 
@@ -35,9 +40,8 @@ def u64(choices: Choices) -> bytes:
     number = choices.number()
     if number == 255:
         return pack("=Q", choices.number(8))
-    return pack(
-        "=Q", (0, 1, 15, 1 << 5 | 1 << 3, 0xFFFF_FFFF_FFFF, F_PROTOCOL_FEATURES | 1 << 32 | 1 << 29)[number % 6]
-    )
+    usual = (0, 1, 15, 1 << 12 | 1 << 5 | 1 << 3, 0xFFFF_FFFF_FFFF, F_PROTOCOL_FEATURES | 1 << 32 | 1 << 29)
+    return pack("=Q", usual[number % len(usual)])
 
 
 def addr(choices: Choices) -> bytes:
@@ -74,6 +78,14 @@ def config(choices: Choices) -> bytes:
     return pack("=III", offset, size, choices.pick((0, 1, 2))) + carried
 
 
+def inflight(choices: Choices) -> bytes:
+    """Most often the description of a region that there is, for two rings of 128."""
+    size = choices.pick((REGION, REGION, REGION, REGION - QUEUE, 0, 2**63, 2**64 - 1))
+    offset = choices.pick((0, 0, 0, 0, 8, 4, 4096, 2**64 - 8))
+    queues, queue_size = choices.pick((2, 2, 2, 1, 0, 3, 65535)), choices.pick((128, 128, 128, 64, 0, 32768))
+    return pack("=QQHH4x", size, offset, queues, queue_size)
+
+
 PAYLOADS: Final[dict[int, Callable[[Choices], bytes]]] = {
     Req.SET_FEATURES: u64,
     Req.SET_PROTOCOL_FEATURES: u64,
@@ -91,6 +103,8 @@ PAYLOADS: Final[dict[int, Callable[[Choices], bytes]]] = {
     Req.SET_VRING_ERR: vring_fd,
     Req.GET_CONFIG: config,
     Req.SET_CONFIG: config,
+    Req.GET_INFLIGHT_FD: inflight,
+    Req.SET_INFLIGHT_FD: inflight,
 }
 
 ALONE: Final = (

@@ -6,32 +6,37 @@ threads as before. The session runs on the caller's thread: the next message is 
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import logging
 import os
 import socket
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from struct import pack
 from typing import Final
 
 from tests.fuzz.choices import Choices
-from tests.fuzz.messages import AVAIL, GUEST, MEMORY, RING, USED, USER, Req, good, message
+from tests.fuzz.descriptors import Descriptors
+from tests.fuzz.messages import AVAIL, GUEST, MEMORY, QUEUE, REGION, RING, USED, USER, Req, good, message
+from tests.fuzz.seeds import KINDS, RECORDED
 
 from vhostuser.backend import Session
 from vhostuser.blk import BlockDevice
 from vhostuser.disks import MemoryDisk
 from vhostuser.fds import Fd
 from vhostuser.protocol import F_PROTOCOL_FEATURES, MAX_PAYLOAD
+from vhostuser.protocol import ProtocolFeature as Protocol
 from vhostuser.transport import Transport
 
 PLAYS_PER_DEVICE: Final = 500
-MAX_STEPS: Final = 60
+MAX_STEPS: Final = 130
 FEATURES: Final = F_PROTOCOL_FEATURES | 1 << 32 | 1 << 29 | 1 << 28 | 1 << 13 | 1 << 14 | 1 << 9 | 1 << 11
+PROTOCOL_FEATURES: Final = (
+    Protocol.MQ | Protocol.REPLY_ACK | Protocol.BACKEND_REQ | Protocol.CONFIG | Protocol.BACKEND_SEND_FD
+    | Protocol.INFLIGHT_SHMFD | Protocol.RESET_DEVICE | Protocol.CONFIGURE_MEM_SLOTS | Protocol.STATUS
+)  # fmt: skip
 SIZE: Final = 64
 
 
@@ -41,9 +46,12 @@ class Complaints(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
         self.found: list[str] = []
+        self.last = ""
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
+        if record.levelno >= logging.INFO:
+            self.last = text
         if record.exc_info or "worker failed" in text:
             self.found.append(text)
 
@@ -57,23 +65,20 @@ class FrontEnd:
     def __init__(self, ours: socket.socket, choices: Choices) -> None:
         self._socket = ours
         self._choices = choices
-        self._owned: list[int] = []
+        self._fds = Descriptors()
         self._steps = 0
         self._replies = b""
         self._ended = False
         self._given_away = False
-        self.memory = self._own(os.memfd_create("fuzz"))
+        self.memory = self._fds.own(os.memfd_create("fuzz"))
         os.ftruncate(self.memory, MEMORY)
-        self.kick = self._own(os.eventfd(0, os.EFD_NONBLOCK))
-        self.call = self._own(os.eventfd(0, os.EFD_NONBLOCK))
-
-    def _own(self, fd: int) -> int:
-        self._owned.append(fd)
-        return fd
+        self.region = self._fds.own(os.memfd_create("region"))
+        os.ftruncate(self.region, REGION)
+        self.kick = self._fds.own(os.eventfd(0, os.EFD_NONBLOCK))
+        self.call = self._fds.own(os.eventfd(0, os.EFD_NONBLOCK))
 
     def close(self) -> None:
-        for fd in self._owned:
-            os.close(fd)
+        self._fds.close()
         self._socket.close()
 
     def step(self) -> None:
@@ -90,7 +95,10 @@ class FrontEnd:
 
     def _act(self) -> bool:
         """One action; True when bytes were sent."""
-        match self._choices.number() % 10:
+        action = self._choices.number()
+        if action >= RECORDED:
+            return self._say_recorded() if action == RECORDED else self._track(action)
+        match action % 10:
             case 0:
                 return self._set_up()
             case 1:
@@ -108,6 +116,45 @@ class FrontEnd:
                 )
         return False
 
+    def _say_recorded(self) -> bool:
+        """A message of a conversation, with descriptors of the kinds that it had."""
+        data = self._choices.take(self._choices.number(2))
+        kinds = [KINDS[self._choices.number() % len(KINDS)] for _ in range(min(self._choices.number(), 33))]
+        make: dict[str, Callable[[], int]] = {
+            "memory": self._fds.vast,
+            "event": lambda: self.kick,
+            "region": lambda: self.region,
+            "socket": self._fds.pair,
+        }
+        return self._send(data, [make.get(kind, self._fds.null)() for kind in kinds]) if data else False
+
+    def _track(self, action: int) -> bool:
+        """What a front-end does with an in-flight region: ask for one, hand one over, spoil it, take it away."""
+        described = pack("=QQHH4x", REGION, 0, 2, 128)
+        match action:
+            case 251:
+                return self._send(good(Req.GET_INFLIGHT_FD, pack("=QQHH4x", 0, 0, 2, 128)), [])
+            case 252:
+                return self._send(good(Req.SET_INFLIGHT_FD, described, need_reply=True), [self.region])
+            case 253:
+                at = self._choices.number(2) % REGION
+                self._try(lambda: os.pwrite(self.region, self._choices.take(self._choices.number() % 33), at))
+            case 254:
+                # A region as a device leaves it that dies with requests in flight.
+                at, head = QUEUE * (self._choices.number() % 2), self._choices.number() % SIZE
+                self._try(lambda: os.pwrite(self.region, pack("<HHHH", 1, SIZE, head, self._choices.number()), at + 8))
+                self._try(lambda: os.pwrite(self.region, pack("<B5xHQ", 1, head, head), at + 16 + 16 * head))
+            case _:
+                size = self._choices.pick((0, 16, REGION - 1))
+                self._try(lambda: os.ftruncate(self.region, size))
+        return False
+
+    @staticmethod
+    def _try(change: Callable[[], object]) -> None:
+        """The back-end's own regions cannot be made shorter."""
+        with suppress(PermissionError):
+            change()
+
     def _send(self, data: bytes, fds: list[int]) -> bool:
         try:
             socket.send_fds(self._socket, [data], fds[:253], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
@@ -117,55 +164,17 @@ class FrontEnd:
 
     def _descriptor(self) -> int:
         """A descriptor of some kind, most often one that fits."""
-        make: Callable[[], int] = self._choices.pick(
-            (
-                *(lambda: self.memory,) * 4,
-                *(lambda: self.kick,) * 2,
-                *(lambda: self.call,) * 2,
-                lambda: self._own(os.memfd_create("small")),
-                lambda: self._own(os.open("/dev/null", os.O_RDWR)),
-                lambda: self._own(os.open("/dev/zero", os.O_RDONLY)),
-                lambda: self._own(os.open("/", os.O_RDONLY)),
-                lambda: self._pipe(0),
-                lambda: self._pipe(1),
-                self._full,
-                self._ourselves,
-                self._pair,
-                self._file,
-                self._sealed,
-            )
+        own = self._choices.pick(
+            (*(self.memory,) * 4, *(self.kick,) * 2, *(self.call,) * 2, *(self.region,) * 3, *(-1,) * 17)
         )
+        if own >= 0:
+            return own
+        make = self._choices.pick((self._ourselves, *self._fds.kinds()))
         return make()
 
     def _ourselves(self) -> int:
         self._given_away = True
-        return self._own(os.dup(self._socket.fileno()))
-
-    def _full(self) -> int:
-        fd = self._own(os.eventfd(0))
-        os.eventfd_write(fd, 2**64 - 2)
-        return fd
-
-    def _pipe(self, end: int) -> int:
-        ends = os.pipe2(os.O_NONBLOCK)
-        os.close(ends[1 - end])
-        return self._own(ends[end])
-
-    def _pair(self) -> int:
-        one, two = socket.socketpair()
-        self._own(two.detach())
-        return self._own(one.detach())
-
-    def _file(self) -> int:
-        with tempfile.TemporaryFile() as file:
-            file.truncate(MEMORY)
-            return self._own(os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDONLY))
-
-    def _sealed(self) -> int:
-        fd = self._own(os.memfd_create("sealed", os.MFD_ALLOW_SEALING))
-        os.ftruncate(fd, MEMORY)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
-        return fd
+        return self._fds.own(os.dup(self._socket.fileno()))
 
     def _set_up(self) -> bool:
         """All that it takes to run a ring, up to a point."""
@@ -174,7 +183,7 @@ class FrontEnd:
         steps: list[tuple[bytes, list[int]]] = [
             (good(Req.SET_FEATURES, pack("=Q", FEATURES)), []),
             (good(Req.GET_PROTOCOL_FEATURES), []),
-            (good(Req.SET_PROTOCOL_FEATURES, pack("=Q", 0x1_8A2B & ~(1 << 15) | 1 << 15)), []),
+            (good(Req.SET_PROTOCOL_FEATURES, pack("=Q", PROTOCOL_FEATURES)), []),
             (good(Req.SET_MEM_TABLE, pack("=IIQQQQ", 1, 0, GUEST, MEMORY, USER, 0)), [self.memory]),
             (good(Req.SET_VRING_NUM, pack("=II", ring, SIZE)), []),
             (good(Req.SET_VRING_BASE, pack("=II", ring, 0)), []),
@@ -217,9 +226,12 @@ class FrontEnd:
         """
         while True:
             try:
-                data = self._socket.recv(65536, socket.MSG_DONTWAIT)
+                data, ancillary, _, _ = self._socket.recvmsg(65536, socket.CMSG_SPACE(8 * 4), socket.MSG_DONTWAIT)
             except OSError:
                 break
+            for _, _, found in ancillary:
+                for fd in memoryview(found).cast("i"):
+                    self.region = self._fds.own(fd)
             if not data:
                 break
             self._replies += data

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from tests.fuzz import connection, session
-from tests.fuzz.seeds import seeds_of
+from tests.fuzz.seeds import conversations, recorded, seeds_of
 
 
 @pytest.fixture
@@ -24,3 +24,17 @@ def test_a_connection_gives_every_descriptor_back_whatever_comes() -> None:
 def test_a_session_leaves_nothing_behind_whatever_comes() -> None:
     for data in seeds_of("session"):
         session.one(data)
+
+
+@pytest.mark.usefixtures("_stage")
+@pytest.mark.parametrize("name", conversations())
+def test_what_a_real_front_end_said_is_carried_out_to_its_end(name: str) -> None:
+    session.one(recorded(conversations()[name]))
+    assert session.COMPLAINTS.last.endswith(": the front-end has left")
+
+
+@pytest.mark.usefixtures("_stage")
+def test_what_the_fuzzer_sets_up_is_served() -> None:
+    before = session.STAGE.device().queues.stats()[0]["kicks"]
+    session.one(bytes((0, 0, 255, 3, 3)))
+    assert session.STAGE.device().queues.stats()[0]["kicks"] > before
