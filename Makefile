@@ -26,7 +26,7 @@ help:
 	@echo 'make docs         the documentation, warnings are errors; needs a passing `make test` for its tables'
 	@echo 'make fuzz         the fuzz targets, FUZZ_SECONDS (60) each'
 	@echo 'make loom         every order of events of the notifications and the mailbox (a minute)'
-	@echo 'make sanitize     the native tests under AddressSanitizer and ThreadSanitizer (minutes)'
+	@echo 'make sanitize     the native tests under AddressSanitizer, leaks included (minutes)'
 	@echo 'make oracle       the native ring against a slow one in Python, millions of steps (minutes)'
 	@echo 'make mutants      plants mistakes into the ring code; the oracle has to find each (half an hour)'
 	@echo 'make kills        kills back-ends at every step and KILLS (10000) times at random, and plants mistakes (half an hour)'
@@ -108,6 +108,10 @@ fuzz: build .venv/.fuzz
 loom:
 	@tools/check-rust
 	cd native/loom && cargo test --quiet --locked loom_
+
+sanitize:
+	@tools/check-rust
+	@tools/sanitize
 
 oracle: build
 	ORACLE_OPERATIONS=4000000 $(BIN)/pytest tests/oracle

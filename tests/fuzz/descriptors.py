@@ -69,6 +69,7 @@ class Descriptors:
 
     def listener(self) -> int:
         with socket.socket(socket.AF_UNIX) as made:
+            made.bind("")  # some abstract name
             made.listen()
             return self.own(os.dup(made.fileno()))
 
