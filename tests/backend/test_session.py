@@ -95,7 +95,7 @@ def test_a_front_end_that_does_not_ask_is_held_to_what_is_offered_too(peer: Fron
     assert peer.closed_by_peer()
 
 
-@pytest.mark.parametrize("feature", [1 << 5, 1 << 26])
+@pytest.mark.parametrize("feature", [1 << 5, 1 << 26, 1 << 34])
 def test_a_feature_that_was_not_offered_is_refused(device: FakeDevice, peer: Frontend, feature: int) -> None:
     peer.negotiate(0)
     assert peer.tell_bluntly(Req.SET_FEATURES, U64(F_PROTOCOL_FEATURES | feature)) != ACKED
