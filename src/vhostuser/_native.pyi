@@ -41,6 +41,30 @@ class GuestMemory:
         """Stores into guest memory, all or nothing."""
 
 @final
+class DirtyLog:
+    """A bitmap of written pages (vhost-user: Migration), mapped: bit `n % 8` of byte `n // 8` is the page at guest
+    address `4096 * n`.
+
+    `size` bytes of `fd` from `offset` on. Raises `GuestMemoryError` when the file is too short or cannot be mapped.
+    """
+
+    def __new__(cls, fd: int, *, offset: int, size: int) -> Self: ...
+    @staticmethod
+    def create(size: int) -> DirtyLog:
+        """A log of `size` zero bytes in a sealed memfd of its own."""
+
+    @property
+    def fd(self) -> int:
+        """Owned by this object."""
+
+    @property
+    def offset(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    def take(self) -> bytes:
+        """All bits, each cleared in the moment it is read, so that none that is set meanwhile is lost."""
+
+@final
 class InflightRegion:
     """The shared memory of in-flight tracking for split rings (vhost-user: Inflight I/O tracking), mapped.
 
@@ -201,6 +225,17 @@ class Queues:
         whoever serves the ring next. Requests that are kept are answered with an error after `kept_timeout_s`
         (`timeout_s` when None). A broken ring answers its base. Raises `DrainTimeout`, `SetupError` when it was not
         started."""
+
+    def set_log(self, log: DirtyLog | None, *, data: bool, notify: int | None = None, timeout_s: float = 30.0) -> None:
+        """Notes what is written to guest memory in `log` from now on: used rings as `set_log_used` says, with `data`
+        (VHOST_F_LOG_ALL) all that chains let the device write, too. Nothing goes into the log before once this has
+        returned. The descriptor `notify` is signalled after something was noted. Waits for operations when `log` has no
+        bits for pages they may write. Raises `DrainTimeout`, and `SetupError` for a log that ends before a used ring.
+        """
+
+    def set_log_used(self, index: int, guest_addr: int | None) -> None:
+        """Where the used ring of queue `index` is for the dirty log (VHOST_VRING_F_LOG); None: it is not noted. Before
+        the ring starts, or while it runs. Raises `SetupError` when the log ends before it."""
 
     def enable(self, index: int, enabled: bool) -> None:
         """Lets a started ring run or rest. After disabling nothing more is taken; what was taken still completes.

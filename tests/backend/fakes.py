@@ -35,6 +35,8 @@ class FakeQueues:
         self.calls: list[Call] = []
         self.started: dict[int, int] = {}
         self.inflight: dict[int, object] = {}
+        self.log: tuple[object, bool] = (None, False)
+        self.log_used: dict[int, int | None] = {}
         self.refuse_start: str | None = None
         self.stuck = False
         self.looks = 0
@@ -79,6 +81,16 @@ class FakeQueues:
             return self.started.pop(index) + 7
         except KeyError:
             raise SetupError(f"ring {index} was not started") from None
+
+    def set_log(self, log: object, *, data: bool, notify: int | None = None, timeout_s: float = 30.0) -> None:
+        if self.log != (log, data):
+            self.calls.append(("set_log", log is not None, data))
+        self.log = (log, data)
+
+    def set_log_used(self, index: int, guest_addr: int | None) -> None:
+        if self.log_used.get(index) != guest_addr:
+            self.calls.append(("set_log_used", index, guest_addr))
+        self.log_used[index] = guest_addr
 
     def enable(self, index: int, enabled: bool) -> None:
         self.calls.append(("enable", index, enabled))

@@ -16,6 +16,7 @@ from typing import Final, Self
 from vhostuser._native import Arena, DriverRing
 from vhostuser.fds import Fd
 from vhostuser.protocol import (
+    F_LOG_ALL,
     F_PROTOCOL_FEATURES,
     U64,
     Config,
@@ -148,7 +149,7 @@ class Frontend:
         protocol_offered = ProtocolFeature(self.number(Req.GET_PROTOCOL_FEATURES))
         self.send(Req.SET_PROTOCOL_FEATURES, U64(protocol_offered if protocol is None else protocol))
         self.send(Req.SET_OWNER)
-        chosen = (offered if features is None else features) & ~F_PROTOCOL_FEATURES
+        chosen = (offered & ~F_LOG_ALL if features is None else features) & ~F_PROTOCOL_FEATURES
         self.send(Req.SET_FEATURES, U64(chosen | F_PROTOCOL_FEATURES))
         self.barrier()
         return chosen

@@ -13,6 +13,7 @@ from tests.backend.frontend import ACKED, Frontend, GoneError, GuestRam
 
 from vhostuser.backend import hints
 from vhostuser.protocol import (
+    F_LOG_ALL,
     F_PROTOCOL_FEATURES,
     U64,
     Config,
@@ -59,7 +60,7 @@ def starts(device: FakeDevice) -> list[tuple[object, ...]]:
     "VHOST_USER_SET_OWNER",
 )
 def test_features_are_offered_and_the_choice_reaches_the_device(device: FakeDevice, peer: Frontend) -> None:
-    assert peer.number(Req.GET_FEATURES) == F | F_PROTOCOL_FEATURES
+    assert peer.number(Req.GET_FEATURES) == F | F_PROTOCOL_FEATURES | F_LOG_ALL
     assert peer.number(Req.GET_PROTOCOL_FEATURES) == device.protocol_features
     assert peer.negotiate(1 << 32) == 1 << 32
     assert device.told == [("features", 1 << 32)]
@@ -95,7 +96,7 @@ def test_a_front_end_that_does_not_ask_is_held_to_what_is_offered_too(peer: Fron
     assert peer.closed_by_peer()
 
 
-@pytest.mark.parametrize("feature", [1 << 5, 1 << 26, 1 << 34])
+@pytest.mark.parametrize("feature", [1 << 5, 1 << 27, 1 << 34])
 def test_a_feature_that_was_not_offered_is_refused(device: FakeDevice, peer: Frontend, feature: int) -> None:
     peer.negotiate(0)
     assert peer.tell_bluntly(Req.SET_FEATURES, U64(F_PROTOCOL_FEATURES | feature)) != ACKED
@@ -555,8 +556,6 @@ def test_a_guest_that_shares_its_memory_brings_no_hint(
 
 
 DECODED = [
-    Req.SET_LOG_BASE,
-    Req.SET_LOG_FD,
     Req.SEND_RARP,
     Req.NET_SET_MTU,
     Req.IOTLB_MSG,

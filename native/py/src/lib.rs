@@ -6,6 +6,7 @@ mod arena;
 mod chains;
 mod client;
 mod device;
+mod dirty;
 mod driver;
 mod engine;
 mod error;
@@ -20,6 +21,7 @@ use pyo3::prelude::*;
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<memory::GuestMemory>()?;
+    module.add_class::<dirty::DirtyLog>()?;
     module.add_class::<inflight::InflightRegion>()?;
     module.add_class::<engine::EngineSpec>()?;
     module.add_class::<queues::Event>()?;

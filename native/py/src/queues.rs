@@ -11,6 +11,7 @@ use vhostuser_core::ring::RingSetup;
 use vhostuser_core::sys::fd::duplicate;
 use vhostuser_core::worker::{self as core, EventKind, Events, Notifiers, QueueStats, StopMode, Whereabouts, COUNTERS};
 
+use crate::dirty::DirtyLog;
 use crate::engine::EngineSpec;
 use crate::error::{Failure, Fallible};
 use crate::inflight::InflightRegion;
@@ -113,6 +114,24 @@ impl Queues {
         let index = small("queue", index)?;
         let inflight = inflight.map(|region| &region.0);
         Ok(py.detach(|| self.lock().start(index, setup, enabled, notifiers, inflight))?)
+    }
+
+    #[pyo3(signature = (log, *, data, notify = None, timeout_s = 30.0))]
+    fn set_log(
+        &self,
+        py: Python<'_>,
+        log: Option<&DirtyLog>,
+        data: bool,
+        notify: Option<i32>,
+        timeout_s: f64,
+    ) -> PyResult<()> {
+        let (log, notify, limit) = (log.map(|log| Arc::clone(&log.log)), optional(notify)?, timeout(timeout_s)?);
+        Ok(py.detach(|| self.lock().set_log(log, data, notify, limit)).map_err(Failure::from)?)
+    }
+
+    fn set_log_used(&self, py: Python<'_>, index: u64, guest_addr: Option<u64>) -> Fallible<()> {
+        let index = small("queue", index)?;
+        Ok(py.detach(|| self.lock().set_log_used(index, guest_addr))?)
     }
 
     #[pyo3(signature = (index, timeout_s = 30.0, *, leave = false, kept_timeout_s = None))]

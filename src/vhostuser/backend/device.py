@@ -9,13 +9,14 @@ from enum import Enum
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from vhostuser.errors import ConfigRefused
-from vhostuser.protocol import ProtocolFeature
+from vhostuser.protocol import F_LOG_ALL, F_PROTOCOL_FEATURES, ProtocolFeature
 
 if TYPE_CHECKING:
     from vhostuser._native import Queues
 
 PROTOCOL_FEATURES: Final = (
     ProtocolFeature.MQ
+    | ProtocolFeature.LOG_SHMFD
     | ProtocolFeature.REPLY_ACK
     | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.CONFIG
@@ -26,6 +27,9 @@ PROTOCOL_FEATURES: Final = (
     | ProtocolFeature.STATUS
 )
 """What the session carries out."""
+
+SESSION_FEATURES: Final = F_PROTOCOL_FEATURES | F_LOG_ALL
+"""The feature bits that are the session's and no device's."""
 
 MAX_QUEUES: Final = 256
 """A ring is named by one byte in SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR."""

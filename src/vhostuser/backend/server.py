@@ -13,7 +13,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
-from vhostuser.backend.session import MAX_MEM_SLOTS, Session
+from vhostuser.backend.ring_messages import MAX_MEM_SLOTS
+from vhostuser.backend.session import Session
 from vhostuser.errors import DrainTimeout, SetupError, VhostUserError
 from vhostuser.fds import Fd
 from vhostuser.transport import Listener, Transport

@@ -14,12 +14,12 @@ import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
-from vhostuser._native import GuestMemory
-from vhostuser.backend.device import ConfigNotice, Device
+from vhostuser.backend.device import SESSION_FEATURES, ConfigNotice, Device
 from vhostuser.backend.hints import SHARE_HINT, SharingCheck
 from vhostuser.backend.inflight import make_region, take_region
 from vhostuser.backend.news import News
 from vhostuser.backend.reports import report
+from vhostuser.backend.ring_messages import obey_ring_message
 from vhostuser.backend.vrings import Vrings
 from vhostuser.errors import (
     ConfigRefused,
@@ -32,22 +32,15 @@ from vhostuser.errors import (
 )
 from vhostuser.fds import Fd
 from vhostuser.protocol import (
-    F_PROTOCOL_FEATURES,
     U64,
     Config,
     Connection,
     FrontendRequest,
     Inflight,
-    MemoryRegion,
-    MemoryTable,
     Message,
     Payload,
     Refused,
     Role,
-    SingleRegion,
-    VringAddr,
-    VringFd,
-    VringState,
     describe,
 )
 from vhostuser.protocol.messages import name_of
@@ -58,9 +51,6 @@ if TYPE_CHECKING:
     from vhostuser.transport import Transport
 
 Req = FrontendRequest
-
-MAX_MEM_SLOTS = 509
-"""As many regions as vhost in the kernel offers; QEMU takes up to 512 and the number may never shrink."""
 
 REFUSALS = (SetupError, GuestMemoryError, ConfigRefused, DrainTimeout, OSError)
 """What makes us refuse a message; the state is as before it."""
@@ -94,7 +84,7 @@ class Session:
         self._stop_timeout_s = drain_timeout_s if stop_timeout_s is None else stop_timeout_s
         self._drain_timeout_s = drain_timeout_s
         self._connection: Connection[Fd] = Connection(Role.BACKEND)
-        self._connection.offer(device.features | F_PROTOCOL_FEATURES, device.protocol_features)
+        self._connection.offer(device.features | SESSION_FEATURES, device.protocol_features)
         self._rings = Vrings(
             device.queues, name=device.name, max_size=device.max_queue_size, drain_timeout_s=drain_timeout_s
         )
@@ -232,9 +222,9 @@ class Session:
         device, rings = self._device, self._rings
         match message:
             case Message(Req.GET_FEATURES):
-                return U64(device.features | F_PROTOCOL_FEATURES)
+                return U64(device.features | SESSION_FEATURES)
             case Message(Req.SET_FEATURES, U64(features)):
-                device.features_acked(features & ~F_PROTOCOL_FEATURES)
+                device.features_acked(features & ~SESSION_FEATURES)
                 rings.set_features(features)
             case Message(Req.GET_PROTOCOL_FEATURES):
                 return U64(device.protocol_features)
@@ -244,32 +234,6 @@ class Session:
                 log.info("%s: RESET_OWNER does nothing, as the specification advises", device.name)
             case Message(Req.GET_QUEUE_NUM):
                 return U64(device.num_queues)
-            case Message(Req.SET_MEM_TABLE, MemoryTable(regions), fds):
-                rings.set_memory(GuestMemory([_region(*pair) for pair in zip(regions, fds, strict=True)]))
-            case Message(Req.GET_MAX_MEM_SLOTS):
-                return U64(MAX_MEM_SLOTS)
-            case Message(Req.ADD_MEM_REG, SingleRegion(region), (fd,)):
-                if len(rings.memory.regions) >= MAX_MEM_SLOTS:
-                    raise GuestMemoryError(f"there are {MAX_MEM_SLOTS} regions already")
-                rings.set_memory(rings.memory.add(_region(region, fd)))
-            case Message(Req.REM_MEM_REG, SingleRegion(region)):
-                rings.set_memory(rings.memory.remove(region.guest_addr, region.size, region.user_addr))
-            case Message(Req.SET_VRING_NUM, VringState(index, num)):
-                rings.set_num(index, num)
-            case Message(Req.SET_VRING_BASE, VringState(index, num)):
-                rings.set_base(index, num)
-            case Message(Req.SET_VRING_ADDR, VringAddr(index) as addr):
-                rings.set_addr(index, addr)
-            case Message(Req.SET_VRING_KICK, VringFd() as ring, fds):
-                rings.set_kick(ring.index, fds[0] if fds else None)
-            case Message(Req.SET_VRING_CALL, VringFd() as ring, fds):
-                rings.set_call(ring.index, fds[0] if fds else None)
-            case Message(Req.SET_VRING_ERR, VringFd() as ring, fds):
-                rings.set_err(ring.index, fds[0] if fds else None)
-            case Message(Req.SET_VRING_ENABLE, VringState(index, num)):
-                rings.set_enable(index, bool(num))
-            case Message(Req.GET_VRING_BASE, VringState(index)):
-                return VringState(index, rings.get_base(index))
             case Message(Req.SET_INFLIGHT_FD, Inflight() as told, (fd,)):
                 rings.inflight = take_region(device, told, fd)
             case Message(Req.SET_BACKEND_REQ_FD, _, (fd,)):
@@ -286,7 +250,7 @@ class Session:
             case Message(Req.SET_STATUS, U64(status)):
                 self._set_status(status)
             case Message(FrontendRequest()):
-                raise SetupError("this device does not do that")
+                return obey_ring_message(rings, message)
             case _:
                 self._ignore(message)
         return None
@@ -301,7 +265,7 @@ class Session:
     def _set_status(self, status: int) -> None:
         if status == 0:
             self._reset()
-            self._rings.features &= F_PROTOCOL_FEATURES  # virtio's are negotiated anew after a reset
+            self._rings.forget_features()
         else:
             self._device.status_changed(status)
         self._status = status
@@ -382,10 +346,6 @@ class Session:
             except VhostUserError as error:
                 log.error("%s: the rings do not stop: %s", self._device.name, error)
                 return
-
-
-def _region(region: MemoryRegion, fd: Fd) -> tuple[int, int, int, int, int]:
-    return region.guest_addr, region.size, region.user_addr, region.mmap_offset, fd.fileno()
 
 
 def _hung_up(fd: int) -> bool:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from vhostuser._native import GuestMemory
 from vhostuser.backend.rings import RingEvent, RingPlan, RingState
 from vhostuser.errors import DrainTimeout, SetupError
-from vhostuser.protocol import F_PROTOCOL_FEATURES
+from vhostuser.protocol import F_LOG_ALL, F_PROTOCOL_FEATURES
 
 if TYPE_CHECKING:
-    from vhostuser._native import InflightRegion, Queues
+    from vhostuser._native import DirtyLog, InflightRegion, Queues
     from vhostuser.fds import Fd
     from vhostuser.protocol import VringAddr
 
@@ -43,6 +43,8 @@ class Vrings:
         self.memory = GuestMemory()
         self.inflight: InflightRegion | None = None
         """Where rings that start from now on keep what is in flight."""
+        self.log: DirtyLog | None = None
+        self._log_fd: Fd | None = None
         self.features = 0
         """The bits of the last SET_FEATURES, virtio's and the protocol's."""
         self.resting = False
@@ -71,11 +73,22 @@ class Vrings:
         )
 
     def set_features(self, features: int) -> None:
-        """SET_FEATURES. Without the protocol features bit, SET_VRING_ENABLE will not come: every ring is enabled."""
+        """SET_FEATURES. Without the protocol features bit, SET_VRING_ENABLE will not come: every ring is enabled.
+
+        VHOST_F_LOG_ALL counts at once, also while rings run; all other bits count for rings that start from now on.
+        """
+        if (self.features ^ features) & F_LOG_ALL:
+            self._log_to(self.log, features)
         self.features = features
         if not features & F_PROTOCOL_FEATURES:
             for index in range(len(self._states)):
                 self._enable(index, RingEvent.NO_PROTOCOL_FEATURES)
+
+    def forget_features(self) -> None:
+        """SET_STATUS 0: virtio's features are negotiated anew, and so is the dirty log."""
+        if self.features & F_LOG_ALL:
+            self._log_to(self.log, 0)
+        self.features &= F_PROTOCOL_FEATURES
 
     def set_memory(self, memory: GuestMemory) -> None:
         """Put ``memory`` under all rings and start those that waited for it. Waits for operations that use the old one.
@@ -90,6 +103,27 @@ class Vrings:
                     self._start_if_complete(index)
                 except SetupError as error:  # what is missing may come with the next region
                     log.warning("%s: ring %d does not start yet: %s", self._name, index, error)
+
+    def set_log(self, log: DirtyLog) -> None:
+        """SET_LOG_BASE: nothing is noted in the log before any more. Raises `DrainTimeout`."""
+        self._log_to(log, self.features)
+        self.log = log
+
+    def set_log_fd(self, fd: Fd) -> None:
+        """SET_LOG_FD: what is signalled when something was noted in the log. ``fd`` stays the caller's."""
+        before, self._log_fd = self._log_fd, fd.duplicate()
+        try:
+            self._log_to(self.log, self.features)
+        except BaseException:
+            self._log_fd.close()
+            self._log_fd = before
+            raise
+        if before is not None:
+            before.close()
+
+    def _log_to(self, log: DirtyLog | None, features: int) -> None:
+        notify = self._log_fd.fileno() if self._log_fd is not None else None
+        self._queues.set_log(log, data=bool(features & F_LOG_ALL), notify=notify, timeout_s=self._drain_timeout_s)
 
     def set_num(self, index: int, num: int) -> None:
         """SET_VRING_NUM: the size of a ring that does not run, a power of two."""
@@ -112,6 +146,7 @@ class Vrings:
             old = plan.addr
             if old is None or replace(old, flags=addr.flags, log=addr.log) != addr:
                 raise SetupError(f"ring {index} runs and cannot be moved")
+            self._queues.set_log_used(index, addr.log_used)
             self._plans[index] = replace(plan, addr=addr)
         else:
             self._change_stopped(index, "place", replace(plan, addr=addr))
@@ -210,7 +245,9 @@ class Vrings:
         for index in sorted(self._running):
             self._stop(index, max(0.0, deadline - time.monotonic()), leave=leave)
         self._queues.set_memory(GuestMemory(), max(0.0, deadline - time.monotonic()))
+        self._queues.set_log(None, data=False)
         self.memory = GuestMemory()
+        self.log = None
         self.inflight = None
 
     def close(self) -> None:
@@ -220,6 +257,8 @@ class Vrings:
                 if fd is not None:
                     fd.close()
             self._plans[index] = RingPlan()
+        if self._log_fd is not None:
+            self._log_fd.close()
 
     def _checked(self, index: int) -> int:
         if not 0 <= index < len(self._plans):
@@ -252,6 +291,7 @@ class Vrings:
         state = self._states[index]
         if not self.features & F_PROTOCOL_FEATURES and not self._enable_seen:
             state = state.after(RingEvent.NO_PROTOCOL_FEATURES)  # crosvm may leave out SET_FEATURES, but not ENABLE
+        self._queues.set_log_used(index, plan.addr.log_used)
         self._queues.start(
             index,
             size=plan.num,
@@ -259,7 +299,7 @@ class Vrings:
             used=plan.addr.used,
             avail=plan.addr.available,
             base=plan.base,
-            features=self.features & ~F_PROTOCOL_FEATURES,
+            features=self.features & ~(F_PROTOCOL_FEATURES | F_LOG_ALL),
             enabled=state.enabled and not self.resting,
             kick=plan.kick.fileno() if plan.kick is not None else None,
             call=plan.call.fileno() if plan.call is not None else None,

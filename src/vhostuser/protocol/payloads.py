@@ -60,6 +60,11 @@ class VringAddr(Fixed):
     available: int  # likewise
     log: int  # gpa
 
+    @property
+    def log_used(self) -> int | None:
+        """The guest address under which the used ring is noted; None when it is not."""
+        return self.log if self.flags & VringFlag.LOG else None
+
 
 NO_FD: Final = 1 << 8
 

@@ -99,6 +99,22 @@ impl GuestSlice {
         Ok(())
     }
 
+    /// Sets `bits` of the byte at `offset`, ordered after earlier writes.
+    #[inline]
+    pub fn set_bits(&self, offset: usize, bits: u8) -> Result<(), OutOfBounds> {
+        let at = self.at::<AtomicU8>(offset)?;
+        // SAFETY: as in `load_u8`.
+        unsafe { at.as_ref() }.fetch_or(bits, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Loads the byte at `offset` and makes it zero, in one step, ordered before later reads.
+    pub fn take_byte(&self, offset: usize) -> Result<u8, OutOfBounds> {
+        let at = self.at::<AtomicU8>(offset)?;
+        // SAFETY: as in `load_u8`.
+        Ok(unsafe { at.as_ref() }.swap(0, Ordering::SeqCst))
+    }
+
     /// Loads the `u16` at byte `offset`, ordered before later reads.
     #[inline]
     pub fn load_u16(&self, offset: usize) -> Result<u16, OutOfBounds> {

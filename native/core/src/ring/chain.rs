@@ -3,7 +3,7 @@
 
 use super::layout::{Descriptor, DESC_SIZE, F_INDIRECT, F_NEXT, F_WRITE};
 use super::{Areas, Broken};
-use crate::memory::{GuestMemory, IoVec};
+use crate::memory::{DirtyLog, GuestMemory, IoVec};
 
 /// Entries an indirect table may have even where the ring is shorter: Linux makes tables for `seg_max`, whatever the ring's size.
 const MIN_INDIRECT_LIMIT: u32 = 4096;
@@ -48,6 +48,9 @@ pub struct Chain {
     /// Set when not everything could be found; the streams then have holes.
     pub fault: Option<Fault>,
     last_unmapped: bool,
+    /// Guest addresses and bytes of the writable buffers, while `keep_writes` says that somebody wants them.
+    writes: Vec<(u64, u32)>,
+    keep_writes: bool,
 }
 
 impl Chain {
@@ -145,6 +148,27 @@ impl Chain {
         self.writable_len = 0;
         self.fault = None;
         self.last_unmapped = false;
+        self.writes.clear();
+    }
+
+    /// Keeps a list of what the device may write from the next walk on.
+    pub(super) fn keep_writes(&mut self, keep: bool) {
+        self.keep_writes = keep;
+    }
+
+    /// The writable buffers, as guest addresses and bytes.
+    pub(super) fn writes(&self) -> &[(u64, u32)] {
+        &self.writes
+    }
+
+    /// What the device may not write does not exist for it: nothing of the request is carried out, and it is only
+    /// answered when its status byte may be written.
+    pub(super) fn forbid_unlogged(&mut self, log: &DirtyLog) {
+        if self.writes.iter().all(|&(gpa, len)| log.covers(gpa, u64::from(len))) {
+            return;
+        }
+        self.fault = Some(Fault::Unmapped);
+        self.last_unmapped |= self.writes.last().is_some_and(|&(gpa, len)| !log.covers(gpa, u64::from(len)));
     }
 
     #[inline]
@@ -168,6 +192,9 @@ impl Chain {
         }
         if descriptor.flags & F_WRITE != 0 {
             self.last_unmapped = !mapped;
+            if self.keep_writes {
+                self.writes.push((descriptor.addr, descriptor.len));
+            }
         }
         if self.readable_len + self.writable_len > MAX_LEN {
             self.fault = Some(Fault::Length);

@@ -1,10 +1,11 @@
 //! The device half of a split ring: take chains, give them back, decide who must be notified.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use super::{feature, index, layout, Areas, Broken, Chain, RingSetup, SetupError};
 use crate::memory::inflight::Left;
-use crate::memory::{GuestMemory, InflightQueue};
+use crate::memory::{BeyondLog, DirtyLog, GuestMemory, InflightQueue};
 use crate::sys::sync::{fence, Ordering};
 
 /// What a ring keeps of its in-flight region.
@@ -15,6 +16,17 @@ struct Tracking {
     replay: VecDeque<u16>,
     /// Heads given back since the last `publish`.
     batch: Vec<u16>,
+}
+
+/// What a ring notes in the dirty log.
+#[derive(Clone, Debug)]
+pub struct RingLog {
+    /// The log.
+    pub log: Arc<DirtyLog>,
+    /// VHOST_F_LOG_ALL: data and status bytes.
+    pub data: bool,
+    /// VHOST_VRING_F_LOG: the used ring, under this guest address.
+    pub used: Option<u64>,
 }
 
 /// A started ring, seen from the device. Owned by one worker.
@@ -39,6 +51,9 @@ pub struct DeviceRing {
     notify_on_empty: bool,
     suppressing: bool,
     tracking: Option<Tracking>,
+    log: Option<RingLog>,
+    /// For walking a chain once more.
+    scratch: Chain,
 }
 
 impl DeviceRing {
@@ -59,6 +74,8 @@ impl DeviceRing {
             notify_on_empty: setup.features & feature::NOTIFY_ON_EMPTY != 0,
             suppressing: false,
             tracking: None,
+            log: None,
+            scratch: Chain::default(),
             areas,
             setup,
         })
@@ -94,9 +111,59 @@ impl DeviceRing {
         self.tracking.as_ref().map_or(0, |tracking| tracking.replay.len())
     }
 
-    /// Whether the in-flight region was taken away by the peer.
+    /// Whether the in-flight region or the dirty log was taken away by the peer.
     pub fn tracking_lost(&self) -> bool {
-        self.tracking.as_ref().is_some_and(|tracking| tracking.region.poisoned())
+        let log_lost = self.log.as_ref().is_some_and(|log| log.log.poisoned());
+        log_lost || self.tracking.as_ref().is_some_and(|tracking| tracking.region.poisoned())
+    }
+
+    /// Notes what is written from now on in another log, or in none. What a predecessor wrote of the used ring nobody
+    /// may have noted: all of that is noted now.
+    pub fn set_log(&mut self, log: Option<RingLog>) -> Result<(), Broken> {
+        self.log = log;
+        self.log_used(0, layout::used_len(self.areas.size, self.event_idx))
+    }
+
+    /// Whether `log_writes` has to be called for what is given back.
+    #[inline]
+    pub fn logs_data(&self) -> bool {
+        self.log.as_ref().is_some_and(|log| log.data)
+    }
+
+    /// Notes every page that the chain at `head` let the device write: it may have written any of them, whatever came
+    /// of it. After the last write to them, and before `push`.
+    pub fn log_writes(&mut self, head: u16, memory: &GuestMemory) -> Result<(), Broken> {
+        let Some(RingLog { log, data: true, .. }) = &self.log else { return Ok(()) };
+        // The driver may not touch its descriptors before they are given back; one that does harms itself.
+        self.scratch.keep_writes(true);
+        self.scratch.walk(head, &self.areas, memory, self.indirect)?;
+        for &(gpa, len) in self.scratch.writes() {
+            // Pages without a bit were not written: `take` saw to that.
+            let _: Result<(), BeyondLog> = log.mark(gpa, u64::from(len));
+        }
+        Ok(())
+    }
+
+    /// Notes that bytes of the used ring were written.
+    #[inline]
+    fn log_used(&self, offset: usize, len: usize) -> Result<(), Broken> {
+        match &self.log {
+            Some(RingLog { log, used: Some(used), .. }) => {
+                let gpa = used.checked_add(offset as u64).ok_or(Broken::Memory)?;
+                log.mark(gpa, len as u64).map_err(|BeyondLog| Broken::Memory)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Notes the used entries from one index to another, and the index itself.
+    fn log_published(&self, from: u16, to: u16) -> Result<(), Broken> {
+        let size = self.areas.size;
+        let (first, count) = (self.areas.slot(from), index::ahead(to, from));
+        let until_end = count.min(size - first);
+        self.log_used(layout::used_entry(first), 8 * usize::from(until_end))?;
+        self.log_used(layout::used_entry(0), 8 * usize::from(count - until_end))?;
+        self.log_used(layout::IDX, 2)
     }
 
     /// Finds the areas again in another table. No chain may be in flight.
@@ -173,7 +240,11 @@ impl DeviceRing {
         if self.taken[word] & bit != 0 {
             return Err(Broken::HeadTwice { head });
         }
+        chain.keep_writes(self.logs_data());
         chain.walk(head, &self.areas, memory, self.indirect)?;
+        if let Some(RingLog { log, data: true, .. }) = &self.log {
+            chain.forbid_unlogged(log);
+        }
         self.taken[word] |= bit;
         self.in_flight += 1;
         Ok(())
@@ -215,8 +286,11 @@ impl DeviceRing {
             return Ok(false);
         }
         self.areas.used.store_u16(layout::IDX, self.next_used)?;
-        self.published = self.next_used;
+        let before = std::mem::replace(&mut self.published, self.next_used);
         step!("used_idx");
+        if self.log.is_some() {
+            self.log_published(before, self.published)?;
+        }
         if let Some(Tracking { region, batch, .. }) = &mut self.tracking {
             region.clear(batch, self.published)?;
             batch.clear();
@@ -245,6 +319,7 @@ impl DeviceRing {
             // With EVENT_IDX the old event index is simply left behind.
             if !self.event_idx {
                 self.areas.used.store_u16(layout::FLAGS, layout::USED_NO_NOTIFY)?;
+                self.log_used(layout::FLAGS, 2)?;
             }
         }
         Ok(())
@@ -255,9 +330,12 @@ impl DeviceRing {
     pub fn enable_kicks(&mut self) -> Result<bool, Broken> {
         self.suppressing = false;
         if self.event_idx {
-            self.areas.used.store_u16(layout::avail_event(self.areas.size), self.next_avail)?;
+            let event = layout::avail_event(self.areas.size);
+            self.areas.used.store_u16(event, self.next_avail)?;
+            self.log_used(event, 2)?;
         } else {
             self.areas.used.store_u16(layout::FLAGS, 0)?;
+            self.log_used(layout::FLAGS, 2)?;
         }
         // Our wish is visible before the driver's index is read: it stores its index and then reads our wish.
         fence(Ordering::SeqCst);

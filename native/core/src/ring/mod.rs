@@ -12,7 +12,7 @@ mod split;
 
 pub(crate) use chain::{copy_in, copy_out};
 pub use chain::{Chain, Fault, Status};
-pub use device::DeviceRing;
+pub use device::{DeviceRing, RingLog};
 pub use driver::{DriverError, DriverRing, Segment};
 pub use split::{Areas, RingSetup, SetupError};
 

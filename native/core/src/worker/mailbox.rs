@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, PoisonError};
 
-use super::served::{Served, Stopping};
+use super::served::{LogState, Served, Stopping};
 use super::Reply;
 use crate::memory::GuestMemory;
 use crate::sys::sync::{AtomicBool, EventFd, Mutex, Ordering};
@@ -20,6 +20,8 @@ pub(super) enum Command {
     Memory(Arc<GuestMemory>, Reply<()>),
     /// Whoever waits for a ring to stop, or (`None`) for a change of memory, waits for no kept request any longer.
     FailKept(Option<u16>),
+    Log(LogState, Reply<()>),
+    LogUsed(u16, Option<u64>, Reply<()>),
     Exit,
 }
 

@@ -9,12 +9,15 @@ use std::time::{Duration, Instant};
 
 use super::mailbox::{Command, Mailbox};
 use super::run::Worker;
-use super::served::{Kicks, Served, StopMode, Stopping};
+use super::served::{Kicks, LogState, Served, StopMode, Stopping};
 use super::{Events, QueueStats, Reply, Serve};
-use crate::memory::{GuestMemory, InflightRegion};
-use crate::ring::{DeviceRing, RingSetup, SetupError};
+use crate::memory::{DirtyLog, GuestMemory, InflightRegion};
+use crate::ring::{feature, layout, DeviceRing, RingSetup, SetupError};
 use crate::sys::eventfd::{classify, FdKind};
 use crate::sys::thread;
+
+/// A worker never blocks on storage, so it answers soon what needs none; the limit is for one that is lost.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
 /// Why an owner's call failed.
 #[derive(Debug)]
@@ -91,6 +94,10 @@ pub struct Queues {
     started: Vec<bool>,
     stats: Vec<Arc<QueueStats>>,
     memory: Arc<GuestMemory>,
+    log: LogState,
+    /// Where the dirty log notes each used ring.
+    log_used: Vec<Option<u64>>,
+    used_len: Vec<u64>,
     events: Arc<Events>,
     closed: bool,
 }
@@ -115,6 +122,9 @@ impl Queues {
             started: vec![false; usize::from(num_queues)],
             stats: (0..num_queues).map(|_| Arc::default()).collect(),
             memory: Arc::default(),
+            log: LogState::default(),
+            log_used: vec![None; usize::from(num_queues)],
+            used_len: vec![0; usize::from(num_queues)],
             events,
             closed: false,
         };
@@ -210,6 +220,51 @@ impl Queues {
         Ok(())
     }
 
+    /// Notes what the device writes in `log` from now on: data and status bytes where `data` says so, used rings where
+    /// `set_log_used` has told their guest addresses. When this returns nothing more goes into the log before.
+    /// `notify` is signalled after something was noted.
+    pub fn set_log(
+        &mut self,
+        log: Option<Arc<DirtyLog>>,
+        data: bool,
+        notify: Option<OwnedFd>,
+        timeout: Duration,
+    ) -> Result<(), QueueError> {
+        if let Some(fd) = &notify {
+            check_notifier(std::os::fd::AsFd::as_fd(fd))?;
+        }
+        if self.closed {
+            return refuse("the queues are closed");
+        }
+        for index in (0..self.started.len()).filter(|&index| self.started[index]) {
+            check_log(log.as_deref(), self.log_used[index], self.used_len[index])?;
+        }
+        self.log = LogState { log, data, notify: notify.map(Arc::new) };
+        let deadline = Instant::now() + timeout;
+        let mut waits = Vec::new();
+        for worker in &self.workers {
+            let (sender, receiver) = sync_channel(1);
+            worker.mailbox.post(Command::Log(self.log.clone(), Reply(sender)));
+            waits.push(receiver);
+        }
+        waits.iter().try_for_each(|receiver| wait(receiver, deadline))
+    }
+
+    /// Where the used ring of queue `index` is for the dirty log; `None`: it is not noted. For a ring that runs and for
+    /// one that is yet to start.
+    pub fn set_log_used(&mut self, index: u16, used: Option<u64>) -> Result<(), QueueError> {
+        let (mailbox, at) = self.place(index)?;
+        let queue = usize::from(index);
+        if self.started[queue] {
+            check_log(self.log.log.as_deref(), used, self.used_len[queue])?;
+            let (sender, receiver) = sync_channel(1);
+            mailbox.post(Command::LogUsed(at, used, Reply(sender)));
+            wait(&receiver, Instant::now() + ANSWER_LIMIT)?;
+        }
+        self.log_used[queue] = used;
+        Ok(())
+    }
+
     /// Starts a ring: looked at once at once.
     ///
     /// With an in-flight region it goes on where a predecessor stopped, whatever the base of `setup`; when that region
@@ -228,6 +283,9 @@ impl Queues {
         }
         check_notifiers(&notifiers)?;
         let mut ring = DeviceRing::new(setup, &self.memory)?;
+        let used_len = layout::used_len(setup.size, setup.features & feature::EVENT_IDX != 0) as u64;
+        let log_used = self.log_used[usize::from(index)];
+        check_log(self.log.log.as_deref(), log_used, used_len)?;
         let part = inflight.map(|region| region.queue(index, setup.size)).transpose();
         let part = part.map_err(|error| SetupError::Other(error.to_string()))?;
         let recovered = part.map_or(Ok(false), |part| ring.track(part));
@@ -246,6 +304,7 @@ impl Queues {
             err,
             kicks: Kicks::Polled,
             in_flight: stats.restart(setup.size),
+            log_used,
             stats,
         };
         match recovered {
@@ -256,6 +315,7 @@ impl Queues {
         }
         mailbox.post(Command::Start(at, Box::new(served)));
         self.started[usize::from(index)] = true;
+        self.used_len[usize::from(index)] = used_len;
         Ok(())
     }
 
@@ -292,8 +352,7 @@ impl Queues {
         let (mailbox, at) = self.started_place(index)?;
         let (sender, receiver) = sync_channel(1);
         mailbox.post(Command::Enable(at, enabled, Reply(sender)));
-        // The worker never blocks on storage, so it answers soon; the limit is for a worker that is lost.
-        wait(&receiver, Instant::now() + Duration::from_secs(30))
+        wait(&receiver, Instant::now() + ANSWER_LIMIT)
     }
 
     /// Replaces a descriptor of a started ring, without waiting.
@@ -353,6 +412,16 @@ impl Drop for Queues {
     fn drop(&mut self) {
         // The threads end by themselves when storage has answered; they own all they use.
         self.leave();
+    }
+}
+
+/// A used ring without bits in the log could not be noted.
+fn check_log(log: Option<&DirtyLog>, used: Option<u64>, len: u64) -> Result<(), QueueError> {
+    match (log, used) {
+        (Some(log), Some(used)) if !log.covers(used, len) => {
+            refuse(format!("the dirty log ends before the used ring at guest address {used:#x}"))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -1,16 +1,17 @@
 //! The worker's thread.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::mailbox::{Command, Mailbox};
-use super::served::{Kicks, Served};
+use super::served::{Kicks, LogState, Served};
 use super::stats::now_ns;
 use super::{Begun, EventKind, Events, Finished, Reply, Serve};
 use crate::disk::Engine;
-use crate::memory::GuestMemory;
+use crate::memory::{DirtyLog, GuestMemory};
 use crate::ring::{Broken, Chain};
-use crate::sys::sigbus;
+use crate::sys::{eventfd, sigbus};
 
 /// Chains taken from one ring before the next one has its turn: an endless refill starves nobody.
 const BUDGET: usize = 128;
@@ -25,6 +26,9 @@ pub(super) struct Worker<S> {
     memory: Arc<GuestMemory>,
     /// Memory that takes the old one's place once nothing uses that, and who waits for it.
     next_memory: Option<(Arc<GuestMemory>, Reply<()>)>,
+    log: LogState,
+    /// A log that cannot note all that is under way: it takes the other's place once nothing is.
+    next_log: Option<(LogState, Reply<()>)>,
     mailbox: Arc<Mailbox>,
     events: Arc<Events>,
     poll: Duration,
@@ -46,6 +50,8 @@ impl<S: Serve> Worker<S> {
             rings: (0..num_rings).map(|_| None).collect(),
             memory: Arc::default(),
             next_memory: None,
+            log: LogState::default(),
+            next_log: None,
             mailbox,
             events,
             poll,
@@ -98,7 +104,7 @@ impl<S: Serve> Worker<S> {
     fn pass(&mut self) -> std::io::Result<bool> {
         let mut busy = false;
         self.serve.start_batch();
-        if self.next_memory.is_none() && !self.leaving {
+        if !self.waits_for_storage() && !self.leaving {
             for at in 0..self.rings.len() {
                 busy |= self.take_from(at);
             }
@@ -111,12 +117,16 @@ impl<S: Serve> Worker<S> {
         busy |= !self.finished.is_empty();
         for finished in self.finished.drain(..) {
             if let Some(served) = &mut self.rings[usize::from(finished.ring)] {
-                served.give_back(finished.head, &finished.outcome, &self.events);
+                served.give_back(finished.head, &finished.outcome, &self.memory, &self.events);
             }
         }
         if busy {
             for served in self.rings.iter_mut().flatten() {
                 served.publish(&self.events);
+            }
+            if let LogState { log: Some(_), notify: Some(notify), .. } = &self.log {
+                // A full descriptor has been signalled already.
+                let _ = eventfd::signal(notify.as_fd());
             }
         }
         let poisonings = sigbus::poisonings();
@@ -170,7 +180,7 @@ impl<S: Serve> Worker<S> {
             }
             let head = self.chain.head;
             match self.serve.begin(at as u16, served.features, &mut self.chain, &self.memory) {
-                Begun::Done(outcome) => served.give_back(head, &outcome, &self.events),
+                Begun::Done(outcome) => served.give_back(head, &outcome, &self.memory, &self.events),
                 Begun::Pending => served.taken(head, now),
             }
             step!("begun");
@@ -194,7 +204,8 @@ impl<S: Serve> Worker<S> {
     fn carry_out(&mut self) {
         for command in self.mailbox.take() {
             match command {
-                Command::Start(at, served) => {
+                Command::Start(at, mut served) => {
+                    served.set_log(&self.log, &self.events);
                     self.serve.ring_started(at, served.facts());
                     self.rings[usize::from(at)] = Some(*served);
                     self.watch(at);
@@ -236,9 +247,38 @@ impl<S: Serve> Worker<S> {
                         served.impatient = served.stopping.is_some();
                     }
                 }
+                Command::Log(log, reply) => {
+                    // What storage writes into guest memory now is noted in the new log, when it has a bit for it.
+                    let covers = |log: &DirtyLog| self.memory.regions().all(|r| log.covers(r.guest_addr, r.size));
+                    if self.serve.pending() > 0 && log.data && !log.log.as_deref().is_none_or(covers) {
+                        self.next_log = Some((log, reply));
+                    } else {
+                        self.set_log(log);
+                        reply.send(());
+                    }
+                }
+                Command::LogUsed(at, gpa, reply) => {
+                    if let Some(served) = &mut self.rings[usize::from(at)] {
+                        served.log_used = gpa;
+                        served.set_log(&self.log, &self.events);
+                    }
+                    reply.send(());
+                }
                 Command::Exit => self.leaving = true,
             }
         }
+    }
+
+    fn set_log(&mut self, log: LogState) {
+        self.log = log;
+        for served in self.rings.iter_mut().flatten() {
+            served.set_log(&self.log, &self.events);
+        }
+    }
+
+    /// Whether nothing is taken until storage has answered everything.
+    fn waits_for_storage(&self) -> bool {
+        self.next_memory.is_some() || self.next_log.is_some()
     }
 
     /// Answers who waits for operations to end: a stopping ring, a change of memory.
@@ -269,12 +309,17 @@ impl<S: Serve> Worker<S> {
             }
             reply.send(());
         }
+        if self.next_log.is_some() && self.serve.pending() == 0 {
+            let Some((log, reply)) = self.next_log.take() else { return };
+            self.set_log(log);
+            reply.send(());
+        }
     }
 
     /// Asks for kicks and looks once more; true when something came.
     fn enable_kicks(&mut self) -> bool {
         // While the rate limit allows nothing, chains stay where they are, and nobody needs to tell of more.
-        if self.next_memory.is_some() || !self.serve.admits() {
+        if self.waits_for_storage() || !self.serve.admits() {
             return false;
         }
         let mut more = false;

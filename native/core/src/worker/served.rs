@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use super::stats::{Counter, QueueStats};
 use super::{EventKind, Events, InFlight, Outcome, Reply, RingFacts};
-use crate::ring::{Broken, DeviceRing};
+use crate::memory::{DirtyLog, GuestMemory};
+use crate::ring::{Broken, DeviceRing, RingLog};
 use crate::sys::eventfd;
 
 /// How a worker learns of new chains.
@@ -36,6 +37,16 @@ pub(super) struct Stopping {
     pub(super) reply: Reply<u16>,
 }
 
+/// What the device notes in the dirty log.
+#[derive(Clone, Debug, Default)]
+pub(super) struct LogState {
+    pub(super) log: Option<Arc<DirtyLog>>,
+    /// VHOST_F_LOG_ALL.
+    pub(super) data: bool,
+    /// SET_LOG_FD: signalled when something was noted.
+    pub(super) notify: Option<Arc<OwnedFd>>,
+}
+
 /// A started ring.
 #[derive(Debug)]
 pub(super) struct Served {
@@ -53,6 +64,8 @@ pub(super) struct Served {
     pub(super) call: Option<OwnedFd>,
     pub(super) err: Option<OwnedFd>,
     pub(super) kicks: Kicks,
+    /// VHOST_VRING_F_LOG: under which guest address the used ring is noted in the dirty log.
+    pub(super) log_used: Option<u64>,
     pub(super) stats: Arc<QueueStats>,
     pub(super) in_flight: Arc<InFlight>,
 }
@@ -98,9 +111,14 @@ impl Served {
 
     /// Writes the used entry of a chain; `publish` makes it visible.
     #[inline]
-    pub(super) fn give_back(&mut self, head: u16, outcome: &Outcome, events: &Events) {
+    pub(super) fn give_back(&mut self, head: u16, outcome: &Outcome, memory: &GuestMemory, events: &Events) {
         self.stats.ended(outcome);
         self.in_flight.ended(head);
+        if self.ring.logs_data() {
+            if let Err(broken) = self.ring.log_writes(head, memory) {
+                self.break_ring(broken, events);
+            }
+        }
         if let Err(broken) = self.ring.push(head, outcome.written) {
             self.break_ring(broken, events);
         }
@@ -112,6 +130,15 @@ impl Served {
         self.in_flight.ended(head);
         self.ring.forget(head);
         self.stats.set(Counter::InFlight, u64::from(self.ring.in_flight()));
+    }
+
+    /// Notes what is written from now on where `log` says.
+    pub(super) fn set_log(&mut self, log: &LogState, events: &Events) {
+        let used = self.log_used;
+        let ring_log = log.log.as_ref().map(|shared| RingLog { log: Arc::clone(shared), data: log.data, used });
+        if let Err(broken) = self.ring.set_log(ring_log) {
+            self.break_ring(broken, events);
+        }
     }
 
     /// Makes what was given back visible and notifies the driver if it wants to be.
