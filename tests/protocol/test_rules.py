@@ -35,6 +35,7 @@ from vhostuser.protocol import (
     VringState,
 )
 from vhostuser.protocol.connection import Connection
+from vhostuser.virtio.blk import BlkFeature
 
 Req = FrontendRequest
 ALL_VECTORS = FRONTEND_VECTORS + BACKEND_VECTORS
@@ -121,6 +122,18 @@ def test_features_that_were_not_offered_are_refused() -> None:
         assert "was not offered" in event.reason
     assert pair.backend.features == 0
     assert pair.backend.protocol_features == ProtocolFeature(0)
+
+
+@pytest.mark.parametrize(("request_", "bit"), [(Req.SET_FEATURES, 34), (Req.SET_PROTOCOL_FEATURES, 40)])
+def test_bits_without_a_name_are_refused_like_any_other_that_was_not_offered(
+    request_: FrontendRequest, bit: int
+) -> None:
+    """Offers are flags of an enumeration, whose inverse knows none but its own bits."""
+    pair = Pair()
+    pair.backend.offer(BlkFeature.FLUSH | 1 << 30, ProtocolFeature.MQ)
+    event = pair.push(wire(request_, U64(1 << bit).pack()))
+    assert isinstance(event, Refused)
+    assert "was not offered" in event.reason
 
 
 def test_in_band_notifications_without_what_they_need_end_the_connection() -> None:

@@ -132,7 +132,7 @@ class Connection(Generic[F]):
 
     def offer(self, features: int, protocol_features: ProtocolFeature) -> None:
         """Say, as the back-end, what is offered, so that a front-end that does not ask is held to it, too."""
-        self._negotiation.features_offered = features
+        self._negotiation.features_offered = int(features)  # the inverse of a flag knows none but the named bits
         self._negotiation.protocol_features_offered = protocol_features
 
     @property

@@ -58,8 +58,9 @@ class Negotiation:
             case FrontendRequest.SET_PROTOCOL_FEATURES, U64(value):
                 chosen = ProtocolFeature(value)
                 offered = self.protocol_features_offered
-                if offered is not None and (unasked := chosen & ~offered):
-                    raise Violation(f"protocol feature {names(unasked)} was not offered")
+                # As numbers: the inverse of a flag knows none but the named bits.
+                if offered is not None and (unasked := int(value) & ~int(offered)):
+                    raise Violation(f"protocol feature {names(ProtocolFeature(unasked))} was not offered")
                 self._check_dependencies(chosen, sending=sending)
 
     def _check_dependencies(self, chosen: ProtocolFeature, *, sending: bool) -> None:
@@ -88,7 +89,7 @@ class Negotiation:
         """Take note of the own reply to a front-end request."""
         match request, payload:
             case FrontendRequest.GET_FEATURES, U64(value):
-                self.features_offered = value
+                self.features_offered = int(value)
             case FrontendRequest.GET_PROTOCOL_FEATURES, U64(value):
                 self.protocol_features_offered = ProtocolFeature(value)
 
