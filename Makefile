@@ -24,7 +24,7 @@ help:
 	@echo 'make packages     fetches what guests are made of into .cache (test, guest, demo and interop do it by themselves)'
 	@echo 'make bench        the benchmarks'
 	@echo 'make docs         the documentation, warnings are errors; needs a passing `make test` for its tables'
-	@echo 'make fuzz         the fuzz targets, FUZZ_SECONDS (60) each'
+	@echo 'make fuzz         the fuzz targets, FUZZ_SECONDS (60) of processor time each, FUZZ_JOBS (1) at a time'
 	@echo 'make loom         every order of events of the notifications and the mailbox (a minute)'
 	@echo 'make sanitize     the native tests under AddressSanitizer, leaks included (minutes)'
 	@echo 'make oracle       the native ring against a slow one in Python, millions of steps (minutes)'
@@ -100,9 +100,10 @@ bench: build
 
 # Native targets (native/fuzz) under AddressSanitizer and Python ones, all coverage-guided: see tests/fuzz.
 FUZZ_SECONDS ?= 60
+FUZZ_JOBS ?= 1
 fuzz: build .venv/.fuzz
 	@command -v c++ >/dev/null || tools/install-packages g++
-	@$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+	@$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --jobs $(FUZZ_JOBS)
 
 # The same sources with loom's atomics: a workspace of its own (native/loom).
 loom:

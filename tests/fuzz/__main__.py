@@ -1,7 +1,8 @@
-"""Builds and runs the fuzz targets: `python -m tests.fuzz [--seconds N] [TARGET...]`; `make fuzz`.
+"""Builds and runs the fuzz targets: `python -m tests.fuzz [--seconds N] [--jobs N] [TARGET...]`; `make fuzz`.
 
-`ring` and `request` are native (`native/fuzz`), with AddressSanitizer; `connection` and `session` are Python. Inputs
-that reach something new are kept below `build/fuzz` and used again. Exits with 1 as soon as a target finds something.
+`ring`, `request`, `inflight` and `address` are native (`native/fuzz`), with AddressSanitizer; `connection` and
+`session` are Python. Every target gets so many seconds of processor time. Inputs that reach something new are kept
+below `build/fuzz` and used again. Exits with 1 when a target found something.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ import argparse
 import hashlib
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -34,12 +38,16 @@ COVERAGE: Final = (
     "-Cllvm-args=-sanitizer-coverage-trace-compares",
 )
 
-OPTIONS: Final = ("-max_len=2048", "-len_control=0", "-timeout=30", "-rss_limit_mb=4096", "-print_final_stats=1")
+OPTIONS: Final = (
+    *("-max_len=8192", "-len_control=0", "-timeout=60", "-rss_limit_mb=4096", "-print_final_stats=1"),
+    "-handle_bus=0",  # what lies behind a truncated file is ours to handle
+)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("--seconds", type=int, default=60, help="for each target")
+    parser.add_argument("--seconds", type=int, default=60, help="of processor time, for each target")
+    parser.add_argument("--jobs", type=int, default=1, help="targets at a time")
     parser.add_argument(
         "--keep", action="store_true", help="make the seeds in the tree anew from what was found so far"
     )
@@ -55,7 +63,8 @@ def main() -> int:
         return 0
     if set(targets) & set(NATIVE):
         build()
-    return min(1, sum(not run(target, arguments.seconds) for target in targets))
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        return 1 - all(list(pool.map(lambda target: run(target, arguments.seconds), targets)))
 
 
 def build() -> None:
@@ -71,8 +80,7 @@ def command_of(target: str) -> list[str]:
     """What runs a target; options of libFuzzer follow."""
     if target in NATIVE:
         return [str(CRATE / "target" / TRIPLE / "release" / target), *OPTIONS]
-    # What lies behind a truncated file is the native module's to handle.
-    return [sys.executable, "-m", "tests.fuzz.play", target, *OPTIONS, "-handle_bus=0"]
+    return [sys.executable, "-m", "tests.fuzz.play", target, *OPTIONS]
 
 
 def corpus_of(target: str) -> Path:
@@ -87,18 +95,42 @@ def corpus_of(target: str) -> Path:
 def run(target: str, seconds: int) -> bool:
     """Runs a target; False when it found something."""
     corpus, log = corpus_of(target), BUILD / target / "log"
-    command = [*command_of(target), f"-max_total_time={seconds}", f"-artifact_prefix={BUILD / target}/", str(corpus)]
+    command = [*command_of(target), f"-artifact_prefix={BUILD / target}/", str(corpus)]
     with log.open("w") as output:
-        done = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, check=False)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        over = threading.Event()
+        watch = threading.Thread(target=end_after, args=(process.pid, seconds, over))
+        watch.start()
+        _, status, usage = os.wait4(process.pid, 0)
+        over.set()
+        watch.join()
+    process.returncode = os.waitstatus_to_exitcode(status)
     text = log.read_text(errors="replace")
     executions = re.findall(r"number_of_executed_units: (\d+)", text) or ["0"]
     covered = re.findall(r"cov: (\d+)", text) or ["0"]
-    if done.returncode:
+    if process.returncode:
         kept = re.findall(r"Test unit written to (\S+)", text) or ["none"]
         print(f"vhostuser: fuzz target {target}: it found something. See {log}; the input is {kept[-1]}.")
         return False
-    print(f"{target}: {int(executions[-1]):,} executions, {int(covered[-1]):,} edges, nothing found", flush=True)
+    used = usage.ru_utime + usage.ru_stime
+    print(
+        f"{target}: {int(executions[-1]):,} executions, {int(covered[-1]):,} edges, {used:.0f} s of processor time, "
+        "nothing found",
+        flush=True,
+    )
     return True
+
+
+def end_after(pid: int, seconds: float, over: threading.Event) -> None:
+    """Asks a process to end once it has used so much processor time."""
+    while not over.wait(1.0):
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        except OSError:  # it has ended by itself
+            return
+        if (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") >= seconds:
+            os.kill(pid, signal.SIGUSR1)
+            return
 
 
 def keep(target: str) -> None:
