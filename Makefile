@@ -66,7 +66,7 @@ lint: build
 	$(BIN)/ruff check src tests examples docs benchmarks
 	$(BIN)/ruff format --check src tests examples docs benchmarks
 	$(BIN)/mypy
-	$(BIN)/mypy --strict docs/conformance.py docs/conf.py examples
+	$(BIN)/mypy --strict docs/conformance.py docs/faults.py docs/conf.py examples
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --quiet --locked --profile quick --workspace --all-targets -- -D warnings
 
@@ -137,6 +137,7 @@ build/covers.json:
 
 docs: .venv/.docs build build/covers.json
 	$(BIN)/python docs/conformance.py build/covers.json docs/reference/conformance.md
+	$(BIN)/python docs/faults.py docs/reference/faults.md
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
 	@echo 'docs/_build/html/index.html'
 

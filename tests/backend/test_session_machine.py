@@ -20,7 +20,7 @@ from hypothesis.stateful import precondition, rule
 from tests.backend.frontend import WAIT_S
 from tests.backend.machine import AVAIL, GOOD, NUM_RINGS, PLACES, REGIONS, USED, Connected, Region, Req, Ring
 
-from vhostuser.protocol import F_PROTOCOL_FEATURES, ProtocolFeature, rule_of
+from vhostuser.protocol import F_LOG_ALL, F_PROTOCOL_FEATURES, ProtocolFeature, rule_of
 
 SIZES: Final = (1, 64, 256, 0, 3, 65536)
 BASES: Final = (0, 0, 0, 7, 40000, 0x8000_8000)
@@ -37,7 +37,7 @@ class SessionMachine(Connected):
 
     # -- negotiation ---------------------------------------------------------------------------------------------------
 
-    @rule(ack=ACK, chosen=st.sampled_from((0, 1 << 32, 1 << 32 | 1 << 28 | 1 << 29, 1 << 34)), bit_30=st.booleans())
+    @rule(ack=ACK, chosen=st.sampled_from((0, 1 << 32, 1 << 26 | 1 << 29, 1 << 34)), bit_30=st.booleans())
     def set_features(self, ack: bool, chosen: int, bit_30: bool) -> None:
         bits = chosen | (F_PROTOCOL_FEATURES if bit_30 else 0)
         if self.check(Req.SET_FEATURES, pack("=Q", bits), ack=ack, sense=not chosen & 1 << 34):
@@ -46,7 +46,7 @@ class SessionMachine(Connected):
                 ring.enabled |= not bit_30
 
     @rule(
-        ack=ACK, without=st.sampled_from((0, 0, 0, 1 << 3, 1 << 12, 1 << 15, 0xFFFF)), more=st.sampled_from((0, 0, 2))
+        ack=ACK, without=st.sampled_from((0, 0, 0, 1 << 3, 1 << 12, 1 << 15, 0xFFFF)), more=st.sampled_from((0, 0, 16))
     )
     def set_protocol_features(self, ack: bool, without: int, more: int) -> None:
         bits = int(self.device.protocol_features) & ~without | more
@@ -54,7 +54,7 @@ class SessionMachine(Connected):
 
     @rule(ack=ACK)
     def ask_for_what_there_is(self, ack: bool) -> None:
-        offered = self.device.features | F_PROTOCOL_FEATURES
+        offered = self.device.features | F_PROTOCOL_FEATURES | F_LOG_ALL
         self.check(Req.GET_FEATURES, ack=ack, sense=True, reply=pack("=Q", offered))
         self.check(Req.GET_PROTOCOL_FEATURES, ack=ack, sense=True, reply=pack("=Q", self.device.protocol_features))
         self.check(Req.GET_QUEUE_NUM, ack=ack, sense=True, reply=pack("=Q", NUM_RINGS))
@@ -269,6 +269,7 @@ class SessionMachine(Connected):
         index = self.index[number, ring.place]
         os.pwrite(self.file, bytes(16), at)  # a descriptor of no bytes: nobody can answer that, so it comes back empty
         os.pwrite(self.file, pack("<H", 0), at + AVAIL + 4 + 2 * (index % ring.num))
+        os.pwrite(self.file, pack("<H", index), at + AVAIL + 4 + 2 * ring.num)  # where a driver says when to call
         os.pwrite(self.file, pack("<H", (index + 1) % 65536), at + AVAIL + 2)
         self.check(Req.SET_VRING_KICK, pack("=Q", number), (self.kick,), ack=False, sense=True)
         assert self.check(Req.SET_VRING_CALL, pack("=Q", number), (self.call,), ack=False, sense=True)

@@ -8,7 +8,7 @@ from typing import Final
 
 from tests.fuzz.choices import Choices
 
-from vhostuser.protocol import F_PROTOCOL_FEATURES, FrontendRequest
+from vhostuser.protocol import F_LOG_ALL, F_PROTOCOL_FEATURES, FrontendRequest
 
 Req = FrontendRequest
 
@@ -40,14 +40,15 @@ def u64(choices: Choices) -> bytes:
     number = choices.number()
     if number == 255:
         return pack("=Q", choices.number(8))
-    usual = (0, 1, 15, 1 << 12 | 1 << 5 | 1 << 3, 0xFFFF_FFFF_FFFF, F_PROTOCOL_FEATURES | 1 << 32 | 1 << 29)
+    features = F_PROTOCOL_FEATURES | 1 << 32 | 1 << 29
+    usual = (0, 1, 15, 1 << 12 | 1 << 5 | 1 << 3 | 2, 0xFFFF_FFFF_FFFF, features, features | F_LOG_ALL)
     return pack("=Q", usual[number % len(usual)])
 
 
 def addr(choices: Choices) -> bytes:
     ring = index(choices)
     base = USER + (ring & 3) * RING + choices.pick((0, 0, 0, 0, 1, 16, MEMORY, 2**40))
-    return pack("=IIQQQQ", ring, choices.pick((0, 0, 1, 2)), base, base + USED, base + AVAIL, choices.number(2))
+    return pack("=IIQQQQ", ring, choices.pick((0, 0, 1, 1, 2)), base, base + USED, base + AVAIL, choices.number(2))
 
 
 def region(choices: Choices) -> bytes:
@@ -86,6 +87,12 @@ def inflight(choices: Choices) -> bytes:
     return pack("=QQHH4x", size, offset, queues, queue_size)
 
 
+def log_base(choices: Choices) -> bytes:
+    """A dirty log: a bit for each page of memory."""
+    size = choices.pick((MEMORY, 0x1000, 64, 1, 0, 2**63, 2**64 - 1))
+    return pack("=QQ", size, choices.pick((0, 0, 0, 1, 8, 0x1000, 2**64 - 8)))
+
+
 PAYLOADS: Final[dict[int, Callable[[Choices], bytes]]] = {
     Req.SET_FEATURES: u64,
     Req.SET_PROTOCOL_FEATURES: u64,
@@ -103,6 +110,7 @@ PAYLOADS: Final[dict[int, Callable[[Choices], bytes]]] = {
     Req.SET_VRING_ERR: vring_fd,
     Req.GET_CONFIG: config,
     Req.SET_CONFIG: config,
+    Req.SET_LOG_BASE: log_base,
     Req.GET_INFLIGHT_FD: inflight,
     Req.SET_INFLIGHT_FD: inflight,
 }

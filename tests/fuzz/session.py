@@ -26,7 +26,7 @@ from vhostuser.backend import Session
 from vhostuser.blk import BlockDevice
 from vhostuser.disks import MemoryDisk
 from vhostuser.fds import Fd
-from vhostuser.protocol import F_PROTOCOL_FEATURES, MAX_PAYLOAD
+from vhostuser.protocol import F_LOG_ALL, F_PROTOCOL_FEATURES, MAX_PAYLOAD
 from vhostuser.protocol import ProtocolFeature as Protocol
 from vhostuser.transport import Transport
 
@@ -35,7 +35,8 @@ MAX_STEPS: Final = 130
 FEATURES: Final = F_PROTOCOL_FEATURES | 1 << 32 | 1 << 29 | 1 << 28 | 1 << 13 | 1 << 14 | 1 << 9 | 1 << 11
 PROTOCOL_FEATURES: Final = (
     Protocol.MQ | Protocol.REPLY_ACK | Protocol.BACKEND_REQ | Protocol.CONFIG | Protocol.BACKEND_SEND_FD
-    | Protocol.INFLIGHT_SHMFD | Protocol.RESET_DEVICE | Protocol.CONFIGURE_MEM_SLOTS | Protocol.STATUS
+    | Protocol.LOG_SHMFD | Protocol.INFLIGHT_SHMFD
+    | Protocol.RESET_DEVICE | Protocol.CONFIGURE_MEM_SLOTS | Protocol.STATUS
 )  # fmt: skip
 SIZE: Final = 64
 
@@ -180,8 +181,10 @@ class FrontEnd:
         """All that it takes to run a ring, up to a point."""
         ring = self._choices.number() % 2
         at = USER + ring * RING
+        count = self._choices.number()
+        features = self._choices.pick((FEATURES, FEATURES, FEATURES | F_LOG_ALL))
         steps: list[tuple[bytes, list[int]]] = [
-            (good(Req.SET_FEATURES, pack("=Q", FEATURES)), []),
+            (good(Req.SET_FEATURES, pack("=Q", features)), []),
             (good(Req.GET_PROTOCOL_FEATURES), []),
             (good(Req.SET_PROTOCOL_FEATURES, pack("=Q", PROTOCOL_FEATURES)), []),
             (good(Req.SET_MEM_TABLE, pack("=IIQQQQ", 1, 0, GUEST, MEMORY, USER, 0)), [self.memory]),
@@ -192,7 +195,6 @@ class FrontEnd:
             (good(Req.SET_VRING_KICK, pack("=Q", ring)), [self.kick]),
             (good(Req.SET_VRING_ENABLE, pack("=II", ring, 1)), []),
         ]
-        count = self._choices.number()
         for data, fds in steps[: len(steps) - (count if count < len(steps) else 0)]:
             self._send(data, fds)
         return True

@@ -36,5 +36,5 @@ def test_what_a_real_front_end_said_is_carried_out_to_its_end(name: str) -> None
 @pytest.mark.usefixtures("_stage")
 def test_what_the_fuzzer_sets_up_is_served() -> None:
     before = session.STAGE.device().queues.stats()[0]["kicks"]
-    session.one(bytes((0, 0, 255, 3, 3)))
+    session.one(bytes((0, 0, 255, 0, 3, 3)))
     assert session.STAGE.device().queues.stats()[0]["kicks"] > before
