@@ -84,6 +84,16 @@ pub mod modelled {
                     pub fn store(&self, value: $number, order: Ordering) {
                         self.cell().store(value, order);
                     }
+
+                    #[allow(dead_code)] // not of every width
+                    pub fn swap(&self, value: $number, order: Ordering) -> $number {
+                        self.cell().swap(value, order)
+                    }
+
+                    #[allow(dead_code)]
+                    pub fn fetch_or(&self, bits: $number, order: Ordering) -> $number {
+                        self.cell().fetch_or(bits, order)
+                    }
                 }
             )*
 
