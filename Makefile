@@ -7,7 +7,7 @@ export PYTHON
 
 NATIVE_SOURCES := $(shell find native \( -name target -o -name fuzz -o -name loom -o -name peers \) -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
 
-.PHONY: all help demo build format lint test test-native guest interop bench docs fuzz loom sanitize oracle mutants kills packages clean
+.PHONY: all help demo build format lint test test-native restarts guest interop bench docs fuzz loom sanitize oracle mutants kills packages clean
 .DELETE_ON_ERROR:
 
 all: format build lint test
@@ -19,6 +19,7 @@ help:
 	@echo 'make lint         ruff, mypy --strict, cargo fmt, cargo clippy: no warning passes'
 	@echo 'make test         the Python tests, one guest boot per QEMU included, and the native tests'
 	@echo 'make test-native  the native tests alone'
+	@echo 'make restarts     twenty upgrades and restarts of each kind in a row under load (minutes)'
 	@echo 'make guest        the whole matrix of real guests (minutes)'
 	@echo 'make interop      real peers: qemu-img over libblkio, storage daemons, the rust-vmm crates (minutes)'
 	@echo 'make packages     fetches what guests are made of into .cache (test, guest, demo and interop do it by themselves)'
@@ -79,6 +80,10 @@ test-native:
 	$(CARGO) test --quiet --locked --profile quick -p vhostuser-core
 	$(CARGO) test --quiet --locked --profile quick -p vhostuser-kill
 
+# Twenty upgrades, and twenty restarts by SIGTERM and by SIGKILL, in a row under load.
+restarts: build
+	RESTART_ROUNDS=20 $(BIN)/pytest tests/cli/test_restart.py
+
 guest: build packages
 	$(BIN)/pytest -m guest tests/guest tests/backend
 
@@ -97,6 +102,7 @@ packages: .venv/.dev
 
 bench: build
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.restart
 
 # Native targets (native/fuzz) under AddressSanitizer and Python ones, all coverage-guided: see tests/fuzz.
 FUZZ_SECONDS ?= 60

@@ -70,7 +70,11 @@ class Frontend:
     def connect(cls, path: str) -> Self:
         """Connect to a listening back-end."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.connect(path)
+        try:
+            sock.connect(path)
+        except OSError:
+            sock.close()
+            raise
         return cls(sock)
 
     def send(self, request: int, payload: Payload | None = None, fds: Sequence[int] = (), *, ack: bool = False) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import select
+import time
 from pathlib import Path
 from typing import Final
 
-from tests.backend.frontend import INDIRECT_EVENT_V1, Frontend, GuestRam, GuestRing
+from tests.backend.frontend import INDIRECT_EVENT_V1, Frontend, GoneError, GuestRam, GuestRing
 from tests.backend.inflight import Part
 
 from vhostuser._native import InflightRegion
@@ -17,6 +19,8 @@ IN: Final = 0
 OUT: Final = 1
 OK: Final = 0
 SIZE: Final = 16
+RETRY_S: Final = 0.001
+"""How soon somebody who found nobody listening tries again, as hypervisors do in their time."""
 CELL: Final = 1024
 """Bytes for one request: header, one sector, status."""
 
@@ -26,11 +30,11 @@ class Guest:
 
     def __init__(self, place: Path, *, tracked: bool = True) -> None:
         """Connect to the back-end at ``place``. ``tracked``: with a region that keeps what is in flight."""
+        self.peer = Frontend.connect(str(place))
+        self.place = place
         self.ram = GuestRam()
         self.ring = GuestRing(self.ram, 0, SIZE, INDIRECT_EVENT_V1)
         self.region = InflightRegion.create(1, SIZE) if tracked else None
-        self.place = place
-        self.peer = Frontend.connect(str(place))
         self._set_up()
 
     def connect(self) -> None:
@@ -79,6 +83,30 @@ class Guest:
         while len(heads) < count:
             heads += [head for head, _ in self.ring.wait()]
         return heads
+
+    def answered_by_anyone(self, count: int) -> int:
+        """Wait for ``count`` answers, and connect again whenever the back-end is gone; return how often that was."""
+        connections, left = 0, count
+        while left:
+            if done := self.ring.driver.reap():
+                left -= len(done)
+            elif not self.ring.driver.enable_calls():
+                ready, _, _ = select.select([self.ring.call, self.peer.socket], [], [])
+                if self.ring.call in ready:
+                    os.eventfd_read(self.ring.call)
+                else:
+                    self.come_back()
+                    connections += 1
+        return connections
+
+    def come_back(self) -> None:
+        """Connect again, for as long as it takes."""
+        while True:
+            try:
+                self.connect()
+                return
+            except (OSError, GoneError):
+                time.sleep(RETRY_S)
 
     @property
     def marked(self) -> list[int]:

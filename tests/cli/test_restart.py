@@ -312,6 +312,90 @@ def test_connecting_never_fails_during_upgrades(serving: Start, image: Path, pla
     assert connections > 100
 
 
+class Work:
+    """A guest that writes, on a thread of its own, whoever serves it, and looks at what is stored after each round."""
+
+    def __init__(self, place: Path, image: Path) -> None:
+        self.guest = Guest(place)
+        self.image = image
+        self.rounds = self.connections = 0
+        self.failures: list[BaseException] = []
+        self._more = threading.Condition()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            while not self._over.is_set():
+                self._round(self.rounds % 255 + 1)
+        except BaseException as error:
+            self.failures.append(error)
+        with self._more:
+            self._more.notify_all()
+
+    def _round(self, fill: int) -> None:
+        for sector in range(8):
+            self.guest.write(sector, fill)
+        self.connections += self.guest.answered_by_anyone(8)
+        assert [self.guest.status(sector) for sector in range(8)] == [OK] * 8
+        assert [sector_of(self.image, sector) for sector in range(8)] == [bytes([fill]) * 512] * 8
+        with self._more:
+            self.rounds += 1
+            self._more.notify_all()
+
+    def wait(self, rounds: int) -> None:
+        """Wait for so many more rounds."""
+        with self._more:
+            wanted = self.rounds + rounds
+            assert self._more.wait_for(lambda: self.rounds >= wanted or self.failures, WAIT_S)
+        assert self.failures == []
+
+    def end(self) -> None:
+        """Finish the round, and see that nothing is left."""
+        self._over.set()
+        self._thread.join(WAIT_S)
+        assert self.failures == []
+        assert (self.guest.marked, self.guest.ring.driver.outstanding) == ([], 0)
+        self.guest.close()
+
+
+ROUNDS = int(os.environ.get("RESTART_ROUNDS", "2"))
+"""How often what is tried under load is done; `make restarts` does it more often."""
+
+
+@pytest.mark.parametrize("inject", ["delay-write=0ms", "delay-write=2ms"], ids=["fast", "slow"])
+def test_upgrades_in_a_row_under_load_lose_and_repeat_nothing(
+    serving: Start, image: Path, place: Path, inject: str
+) -> None:
+    line = ("serve", str(image), "--socket", str(place), "--queues", "1", "--inject", inject)
+    served = serving(*line)
+    work = Work(place, image)
+    for _ in range(ROUNDS):
+        work.wait(3)
+        successor = serving(*line, "--upgrade")
+        assert served.process.wait(WAIT_S) == 0
+        served = successor
+    work.wait(3)
+    work.end()
+    assert work.connections == ROUNDS
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_restarts_in_a_row_under_load_lose_and_repeat_nothing(
+    serving: Start, image: Path, place: Path, number: int
+) -> None:
+    line = ("serve", str(image), "--socket", str(place), "--queues", "1", "--inject", "delay-write=2ms")
+    served = serving(*line)
+    work = Work(place, image)
+    for _ in range(ROUNDS):
+        work.wait(3)
+        assert served.stop(number) == (0 if number == signal.SIGTERM else -number)
+        served = serving(*line)
+    work.wait(3)
+    work.end()
+
+
 def test_requests_under_way_are_done_before_the_hand_over(serving: Start, image: Path, place: Path) -> None:
     line = ("serve", str(image), "--socket", str(place), "--queues", "1")
     first = serving(*line, "--inject", "delay-write=300ms")

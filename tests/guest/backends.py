@@ -108,12 +108,25 @@ class Ours(Backend):
 
     def start(self) -> Child:
         """Start it and wait for its ready notice."""
+        return self._start()
+
+    def upgrade(self) -> None:
+        """Start a successor that takes the sockets over; raises `ChildError` unless the running one ends well."""
+        old, self.process = self.process, self._start("--upgrade")
+        try:
+            status = old.wait(STOP_S)
+            if status:
+                raise ChildError(f"{old.name} ended with {status} when it was succeeded: {old.tail()}")
+        finally:
+            old.close()
+
+    def _start(self, *more: str) -> Child:
         notices = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         place = self.socket.with_suffix(".notify")
         place.unlink(missing_ok=True)
         notices.bind(str(place))
         environment = {"NOTIFY_SOCKET": str(place), "PYTHONPATH": _search_path()}
-        command = [*program(), "serve", str(self.image), "--socket", str(self.socket), *self._options()]
+        command = [*program(), "serve", str(self.image), "--socket", str(self.socket), *self._options(), *more]
         child = Child("vhostuser serve", command, self.log, environment)
         deadline = Deadline(START_S)
         try:

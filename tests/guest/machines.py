@@ -35,7 +35,7 @@ class Disk:
         """The character device that connects to the back-end."""
         words: dict[str, str | int] = {"id": f"c-{self.name}", "path": str(self.socket)}
         if self.reconnect:
-            words |= {"reconnect-ms": 200} if qemu.version >= RECONNECT_MS_SINCE else {"reconnect": 1}
+            words |= {"reconnect-ms": 100} if qemu.version >= RECONNECT_MS_SINCE else {"reconnect": 1}
         return words
 
     def device(self, bus: str | None = None) -> dict[str, str | int | bool]:
