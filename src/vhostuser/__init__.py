@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from vhostuser.blk.aio import AsyncBlockClient, connect_async
     from vhostuser.blk.client import BlockClient, connect
     from vhostuser.blk.fileobj import DiskFile
-    from vhostuser.blk.link import ConfigChange
+    from vhostuser.blk.options import ConfigChange
     from vhostuser.blk.requests import Discard, Flush, GetId, Read, ReadInto, Write, WriteZeroes
     from vhostuser.control import ControlClient, ControlServer
     from vhostuser.disks import (
@@ -62,7 +62,7 @@ _HOMES = {
     "blk.aio": ("AsyncBlockClient", "connect_async"),
     "blk.client": ("BlockClient", "connect"),
     "blk.fileobj": ("DiskFile",),
-    "blk.link": ("ConfigChange",),
+    "blk.options": ("ConfigChange",),
     "blk.requests": ("Discard", "Flush", "GetId", "Read", "ReadInto", "Write", "WriteZeroes"),
     "control": ("ControlClient", "ControlServer"),
     "disks": (

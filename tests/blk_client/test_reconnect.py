@@ -1,4 +1,5 @@
-"""Back-ends that go and come again: calls fail once, then there is a new connection with new memory."""
+"""Back-ends that go and come again and know nothing of what was in flight: calls fail once, then there is a new
+connection with new memory. Where it is tracked, it outlives them: see `test_comeback`."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from tests.blk_client.conftest import SIZE, WAIT_S
 import vhostuser
 from vhostuser import Backoff, BlockDevice, MemoryDisk, PeerGone, Read, RequestRefused, Server, VhostUserError, listen
 from vhostuser.disks import Faults, FaultyDisk
+from vhostuser.frontend import USABLE
 
 QUICK = Backoff(first_s=0.001, most_s=0.01, give_up_s=WAIT_S)
 
@@ -47,7 +49,7 @@ def host(nothing_leaks: None, tmp_path: Path) -> Host:
 
 def test_calls_go_on_after_the_back_end_came_again(host: Host) -> None:
     host.begin()
-    with vhostuser.connect(host.path, reconnect=QUICK) as client:
+    with vhostuser.connect(host.path, reconnect=QUICK, protocol_features=USABLE) as client:
         client.write(0, b"\1" * 512)
         old = client.allocate(512)
         copied = client.copied_bytes
@@ -67,7 +69,7 @@ def test_calls_go_on_after_the_back_end_came_again(host: Host) -> None:
 
 def test_a_call_waits_for_the_new_connection(host: Host) -> None:
     host.begin()
-    with vhostuser.connect(host.path, reconnect=QUICK) as client:
+    with vhostuser.connect(host.path, reconnect=QUICK, protocol_features=USABLE) as client:
         for _ in range(5):
             host.end()
             host.begin()
@@ -80,14 +82,18 @@ def test_a_call_waits_for_the_new_connection(host: Host) -> None:
 
 def test_a_client_that_is_closed_while_it_reconnects_gives_up_at_once(host: Host) -> None:
     host.begin()
-    client = vhostuser.connect(host.path, reconnect=Backoff(first_s=1000, most_s=1000, give_up_s=1000))
+    client = vhostuser.connect(
+        host.path, reconnect=Backoff(first_s=1000, most_s=1000, give_up_s=1000), protocol_features=USABLE
+    )
     host.end()
     client.close()
 
 
 def test_when_nobody_comes_again_every_call_says_so(host: Host) -> None:
     host.begin()
-    with vhostuser.connect(host.path, reconnect=Backoff(first_s=0.001, give_up_s=0.02)) as client:
+    with vhostuser.connect(
+        host.path, reconnect=Backoff(first_s=0.001, give_up_s=0.02), protocol_features=USABLE
+    ) as client:
         client.write(0, bytes(512))
         host.end()
         with pytest.raises(VhostUserError):
@@ -111,7 +117,7 @@ def test_without_reconnection_the_first_end_is_the_last(host: Host) -> None:
 
 def test_an_asyncio_client_reconnects_too(host: Host) -> None:
     async def main() -> None:
-        async with await vhostuser.connect_async(host.path, reconnect=QUICK) as client:
+        async with await vhostuser.connect_async(host.path, reconnect=QUICK, protocol_features=USABLE) as client:
             await asyncio.to_thread(host.end)
             host.begin(2 * SIZE)
             change = await asyncio.wait_for(client.wait_config_change(), WAIT_S)
@@ -127,7 +133,7 @@ def test_an_asyncio_client_reconnects_too(host: Host) -> None:
 def test_an_asyncio_client_that_is_given_up_says_so(host: Host) -> None:
     async def main() -> None:
         backoff = Backoff(first_s=0.001, give_up_s=0.02)
-        async with await vhostuser.connect_async(host.path, reconnect=backoff) as client:
+        async with await vhostuser.connect_async(host.path, reconnect=backoff, protocol_features=USABLE) as client:
             await asyncio.to_thread(host.end)
             with pytest.raises(PeerGone, match="no such socket"):
                 await asyncio.wait_for(client.wait_config_change(), WAIT_S)

@@ -14,6 +14,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Self
@@ -25,9 +26,11 @@ SET_VRING_NUM, SET_VRING_ADDR, SET_VRING_BASE, GET_VRING_BASE = 8, 9, 10, 11
 SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ERR = 12, 13, 14
 GET_PROTOCOL_FEATURES, SET_PROTOCOL_FEATURES, GET_QUEUE_NUM, SET_VRING_ENABLE = 15, 16, 17, 18
 SET_BACKEND_REQ_FD, IOTLB_MSG, GET_CONFIG, SET_CONFIG = 21, 22, 24, 25
+GET_INFLIGHT_FD, SET_INFLIGHT_FD = 31, 32
 RESET_DEVICE, GET_MAX_MEM_SLOTS, ADD_MEM_REG, REM_MEM_REG, SET_STATUS, GET_STATUS = 34, 36, 37, 38, 39, 40
 
 MQ, REPLY_ACK, BACKEND_REQ, CONFIG, RESET, MEM_SLOTS, STATUS = 1, 1 << 3, 1 << 5, 1 << 9, 1 << 13, 1 << 15, 1 << 16
+INFLIGHT = 1 << 12
 ALL: Final = MQ | REPLY_ACK | BACKEND_REQ | CONFIG | RESET | MEM_SLOTS | STATUS
 
 SIZE_MAX, SEG_MAX, RO, BLK_SIZE, FLUSH, WCE = 1 << 1, 1 << 2, 1 << 5, 1 << 6, 1 << 9, 1 << 11
@@ -59,7 +62,15 @@ class Hangup:
     first: bytes = b""
 
 
-Answer = Callable[["FakeBackend", Received], "bytes | Hangup | None"]
+@dataclass
+class WithFd:
+    """An answer that comes with a descriptor, which is closed once it is sent."""
+
+    data: bytes
+    fd: int
+
+
+Answer = Callable[["FakeBackend", Received], "bytes | Hangup | WithFd | None"]
 
 
 def message(request: int, payload: bytes = b"", flags: int = 5, size: int | None = None) -> bytes:
@@ -98,7 +109,8 @@ class Ring:
 class FakeBackend:
     """One connection, served by a thread. ``answers`` replaces what is said to a request, ``device`` what a kick does.
 
-    A `Hangup` closes the connection; None says nothing at all. ``log`` is what came, in order.
+    A `Hangup` closes the connection; None says nothing at all. ``log`` is what came, in order. With ``path`` it listens
+    there for one connection, else it is one end of a socket pair.
     """
 
     def __init__(
@@ -111,8 +123,16 @@ class FakeBackend:
         slots: int = 8,
         answers: dict[int, Answer] | None = None,
         device: Callable[[FakeBackend, Ring], None] | None = None,
+        path: str | None = None,
     ) -> None:
+        self._listener: socket.socket | None = None
         self.theirs, self._socket = socket.socketpair()
+        if path is not None:
+            self._listener = socket.socket(socket.AF_UNIX)
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            self._listener.bind(path)
+            self._listener.listen(1)
         self.features, self.protocol, self.queues, self.slots = features, protocol, queues, slots
         self.space = bytearray(config() if space is None else space)
         self.answers = answers or {}
@@ -126,6 +146,8 @@ class FakeBackend:
         self.memory: list[tuple[int, int, int, mmap.mmap]] = []  # guest address, user address, size
         self.rings: dict[int, Ring] = {}
         self.channel: socket.socket | None = None
+        self.region: mmap.mmap | None = None
+        self.region_file: tuple[int, int] | None = None  # device and inode
         self.failure: BaseException | None = None
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._tasks: list[Callable[[], None]] = []
@@ -154,6 +176,7 @@ class FakeBackend:
         assert not self._thread.is_alive()
         os.close(self._wake)
         self.memory.clear()
+        self.region = None
         if self.theirs.fileno() >= 0:
             self.theirs.close()
         if error is None and self.failure is not None:
@@ -177,7 +200,10 @@ class FakeBackend:
 
     def _run(self) -> None:
         try:
-            self._selector.register(self._socket, selectors.EVENT_READ, self._receive)
+            if self._listener is None:
+                self._selector.register(self._socket, selectors.EVENT_READ, self._receive)
+            else:
+                self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
             self._selector.register(self._wake, selectors.EVENT_READ, self._do_tasks)
             while self._open:
                 for key, _ in self._selector.select():
@@ -190,8 +216,18 @@ class FakeBackend:
         finally:
             self._close()
 
+    def _accept(self) -> None:
+        assert self._listener is not None
+        self._socket.close()
+        self._socket, _ = self._listener.accept()
+        self._selector.unregister(self._listener)
+        self._listener.close()
+        self._selector.register(self._socket, selectors.EVENT_READ, self._receive)
+
     def _close(self) -> None:
         self._selector.close()
+        if self._listener is not None:
+            self._listener.close()
         self._socket.close()
         if self.channel is not None:
             self.channel.close()
@@ -218,6 +254,9 @@ class FakeBackend:
         if isinstance(answer, Hangup):
             self._socket.sendall(answer.first)
             self._open = False
+        elif isinstance(answer, WithFd):
+            socket.send_fds(self._socket, [answer.data], [answer.fd])
+            os.close(answer.fd)
         elif answer is not None:
             self._socket.sendall(answer)
 
@@ -232,7 +271,7 @@ class FakeBackend:
                 fds.frombytes(numbers)
         return data, list(fds)
 
-    def _answer(self, received: Received) -> bytes | Hangup | None:
+    def _answer(self, received: Received) -> bytes | Hangup | WithFd | None:
         special = self.answers.get(received.request)
         if special is not None:
             for fd in received.fds:
@@ -240,9 +279,11 @@ class FakeBackend:
             return special(self, received)
         return self.polite(received)
 
-    def polite(self, received: Received) -> bytes | None:
+    def polite(self, received: Received) -> bytes | WithFd | None:
         """What a good back-end says."""
         request, payload = received.request, received.payload
+        if request == GET_INFLIGHT_FD:
+            return region_for(payload)
         own = self._carry_out(received)
         if own is not None:
             return message(request, own)
@@ -285,6 +326,12 @@ class FakeBackend:
             case 38:
                 guest = struct.unpack_from("=Q", payload, 8)[0]
                 self.memory = [region for region in self.memory if region[0] != guest]
+            case 32:
+                size, offset = struct.unpack_from("=QQ", payload)
+                fd = received.fds.pop(0)
+                file = os.fstat(fd)
+                self.region_file, self.region = (file.st_dev, file.st_ino), mmap.mmap(fd, size, offset=offset)
+                os.close(fd)
             case 21:
                 self.channel = socket.socket(fileno=received.fds.pop(0))
             case 8 | 9 | 10 | 11 | 12 | 13 | 14 | 18:
@@ -368,6 +415,16 @@ class FakeBackend:
         os.eventfd_write(ring.call, 1)
 
 
+def region_for(payload: bytes, *, size: int | None = None, file_size: int | None = None) -> WithFd:
+    """The answer to GET_INFLIGHT_FD: a region of zeroes, of the right ``size`` unless another one is told."""
+    queues, descriptors = struct.unpack_from("=HH", payload, 16)
+    needed = queues * (-(-(16 + 16 * descriptors) // 64) * 64)
+    told = needed if size is None else size
+    fd = os.memfd_create("region of a fake")
+    os.ftruncate(fd, told if file_size is None else file_size)
+    return WithFd(message(GET_INFLIGHT_FD, struct.pack("=QQHH4x", told, 0, queues, descriptors)), fd)
+
+
 def _replace(old: int, new: int) -> int:
     if old >= 0:
         os.close(old)
@@ -382,7 +439,12 @@ def serve_disk(backend: FakeBackend, ring: Ring) -> None:
 
 
 def answer(backend: FakeBackend, ring: Ring, head: int, status: int = 0) -> None:
-    """Carry one request out, unless ``status`` says that it fails."""
+    """Carry one request out, unless ``status`` says that it fails, and give it back."""
+    backend.put(ring, head, carry_out(backend, ring, head, status))
+
+
+def carry_out(backend: FakeBackend, ring: Ring, head: int, status: int = 0) -> int:
+    """Do what a request asks, and return how much was written into memory for it."""
     chain = backend.chain(ring, head)
     backend.chains.append(chain)
     kind, _, sector = struct.unpack("<IIQ", bytes(backend.at(*chain[0][:2])))
@@ -397,4 +459,4 @@ def answer(backend: FakeBackend, ring: Ring, head: int, status: int = 0) -> None
             backend.disk[at : at + length] = backend.at(address, length)
         at += length
     backend.at(chain[-1][0], 1)[0] = status
-    backend.put(ring, head, written)
+    return written

@@ -30,7 +30,7 @@ def test_it_is_tried_until_it_succeeds() -> None:
             raise failures.pop()
         return "yes"
 
-    assert try_again(attempt, QUICK, threading.Event()) == "yes"
+    assert try_again(attempt, QUICK.waits(), threading.Event()) == "yes"
 
 
 def test_the_last_failure_is_told_when_it_is_given_up() -> None:
@@ -38,9 +38,9 @@ def test_the_last_failure_is_told_when_it_is_given_up() -> None:
         raise PeerGone("not today")
 
     with pytest.raises(PeerGone, match="not today"):
-        try_again(attempt, Backoff(first_s=0.001, most_s=0.001, give_up_s=0.02), threading.Event())
+        try_again(attempt, Backoff(first_s=0.001, most_s=0.001, give_up_s=0.02).waits(), threading.Event())
     with pytest.raises(OperatorError, match="no time"):
-        try_again(attempt, Backoff(give_up_s=0), threading.Event())
+        try_again(attempt, Backoff(give_up_s=0).waits(), threading.Event())
 
 
 def test_an_unfit_back_end_is_not_tried_again() -> None:
@@ -51,11 +51,11 @@ def test_an_unfit_back_end_is_not_tried_again() -> None:
         raise BackendUnfit("it", "lacks", "everything")
 
     with pytest.raises(BackendUnfit):
-        try_again(attempt, QUICK, threading.Event())
+        try_again(attempt, QUICK.waits(), threading.Event())
     assert len(tries) == 1
 
 
 def test_who_is_told_to_stop_stops() -> None:
     stop = threading.Event()
     stop.set()
-    assert try_again(lambda: "never", Backoff(first_s=60), stop) is None
+    assert try_again(lambda: "never", Backoff(first_s=60).waits(), stop) is None

@@ -15,7 +15,7 @@ from typing import Final, Self
 from vhostuser._native import LoadResult, RequestQueue, StopFlag, run_load
 from vhostuser.bench.latency import Latencies
 from vhostuser.blk.limits import DiskLimits
-from vhostuser.blk.link import USABLE_FEATURES
+from vhostuser.blk.options import USABLE_FEATURES
 from vhostuser.blk.probe import told_config
 from vhostuser.errors import BackendUnfit, UsageError
 from vhostuser.frontend.client import HostDevice

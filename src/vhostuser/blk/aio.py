@@ -10,25 +10,27 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from vhostuser.blk.client import MAX_CHANGES
 from vhostuser.blk.facts import DiskFacts, serial_of, switch_write_cache
-from vhostuser.blk.link import USABLE_FEATURES, ChangeListener, ConfigChange, DiskLink, Options
+from vhostuser.blk.link import DiskLink
+from vhostuser.blk.options import USABLE_FEATURES, ChangeListener, ConfigChange, Options
 from vhostuser.blk.requests import Discard, Flush, GetId, Read, ReadInto, Request, Write, WriteZeroes
+from vhostuser.blk.revival import Revival, bury, late
 from vhostuser.errors import PeerGone, SetupError, VhostUserError
-from vhostuser.frontend.client import USABLE
+from vhostuser.frontend.client import RESUMABLE
 from vhostuser.frontend.dialogue import again
 from vhostuser.frontend.reach import reachable_again
-from vhostuser.frontend.reconnect import Backoff, try_again
+from vhostuser.frontend.reconnect import Backoff
+from vhostuser.protocol import ProtocolFeature
 
 if TYPE_CHECKING:
     from vhostuser.blk.requests import Source, Target
     from vhostuser.frontend.memory import Buffer
     from vhostuser.frontend.reach import Endpoint
-    from vhostuser.protocol import ProtocolFeature
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ async def connect_async(
     listen: bool = False,
     huge_pages: bool = False,
     features: int = USABLE_FEATURES,
-    protocol_features: ProtocolFeature = USABLE,
+    protocol_features: ProtocolFeature = RESUMABLE,
 ) -> AsyncBlockClient:
     """Connect to a disk as `vhostuser.connect` does, with the same options, without blocking the event loop.
 
@@ -63,29 +65,40 @@ async def connect_async(
         listen=listen,
         huge_pages=huge_pages,
         features=features,
-        protocol_features=protocol_features,
+        protocol_features=protocol_features if reconnect else protocol_features & ~ProtocolFeature.INFLIGHT_SHMFD,
     )
     path = endpoint if reconnect is None else reachable_again(endpoint)
     hearing = _Hearing(asyncio.get_running_loop(), on_config_change)
-    link = await asyncio.to_thread(DiskLink, path, options, hearing.hear_elsewhere)
-    return AsyncBlockClient(link, path, hearing, reconnect)
+    revival = Revival(path, options, hearing.hear_elsewhere, reconnect, deliver=hearing.deliver)
+    return AsyncBlockClient(await asyncio.to_thread(revival.dial), revival, hearing)
 
 
 class _Hearing:
-    """Takes changes of the configuration to the loop."""
+    """Takes to the loop what happens on other threads."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, listener: ChangeListener | None) -> None:
         self.changes: deque[ConfigChange] = deque(maxlen=MAX_CHANGES)
         self.news = asyncio.Event()
         self._loop = loop
+        self._thread = threading.current_thread()
         self._listener = listener
 
     def hear_elsewhere(self, change: ConfigChange) -> None:
-        """On the thread of the back-end channel."""
+        """On the thread of the back-end channel, or one that connects."""
         try:
             self._loop.call_soon_threadsafe(self.hear, change)
         except RuntimeError:  # the loop is closed: nobody can hear it
             log.debug("a changed configuration came too late")
+
+    def deliver(self, task: Callable[[], None]) -> None:
+        """Run ``task`` on the loop: at once, if that is here."""
+        if threading.current_thread() is self._thread:
+            task()
+            return
+        try:
+            self._loop.call_soon_threadsafe(task)
+        except RuntimeError:  # the loop is closed: nobody waits
+            log.debug("the end of a request came too late")
 
     def hear(self, change: ConfigChange) -> None:
         """On the loop."""
@@ -102,24 +115,23 @@ class AsyncBlockClient(DiskFacts):
     device has answered.
     """
 
-    def __init__(self, link: DiskLink, endpoint: Endpoint, hearing: _Hearing, reconnect: Backoff | None) -> None:
+    def __init__(self, link: DiskLink, revival: Revival, hearing: _Hearing) -> None:
         """Takes ``link``."""
         super().__init__(link)
-        self._endpoint = endpoint
+        self._revival = revival
         self._hearing = hearing
-        self._backoff = reconnect
         self._loop = asyncio.get_running_loop()
         self._closing = threading.Event()
         self._over: VhostUserError | None = None
         self._stepped = asyncio.Event()  # set after each step, and when a link is made or given up
         self._timer: asyncio.TimerHandle | None = None
-        self._revival: asyncio.Task[None] | None = None
+        self._reviving: asyncio.Task[None] | None = None
         self._watch()
 
     @property
     def connected(self) -> bool:
         """Whether the back-end is there."""
-        return not self._closing.is_set() and self._link.error is None
+        return not self._closing.is_set() and self._link.connected
 
     async def allocate(self, length: int) -> Buffer:
         """A buffer that the back-end reads and writes in place: see `BlockClient.allocate`."""
@@ -172,12 +184,12 @@ class AsyncBlockClient(DiskFacts):
 
     async def set_write_cache(self, enabled: bool) -> None:
         """Switch the volatile write cache of the disk on or off. Raises `ConfigRefused` when it cannot be."""
-        link = await self._usable()
+        link = await self._usable(connected=True)
         await asyncio.to_thread(switch_write_cache, link, enabled=enabled)
 
     async def refresh(self) -> None:
         """Read the configuration again, for back-ends that cannot tell when it changes."""
-        await asyncio.to_thread((await self._usable()).refresh)
+        await asyncio.to_thread((await self._usable(connected=True)).refresh)
 
     async def wait_config_change(self) -> ConfigChange:
         """The next change of the configuration that was not waited for yet. Raises what ended the connection."""
@@ -192,19 +204,24 @@ class AsyncBlockClient(DiskFacts):
         return hearing.changes.popleft()
 
     async def close(self) -> None:
-        """Wait until everything under way is answered, stop the queues, hang up. Idempotent."""
+        """Wait until everything under way is answered, stop the queues, hang up. Idempotent.
+
+        While the back-end is away nothing is waited for: what is under way fails.
+        """
         if self._closing.is_set():
             return
         self._closing.set()
         self._hearing.news.set()
-        if self._revival is not None:
-            await self._revival
+        self._stepped.set()
+        self._revival.interrupt()
+        if self._reviving is not None:
+            await self._reviving
         link = self._link
-        while link.error is None and not link.idle:
+        while link.connected and not link.idle:
             self._stepped.clear()
             await self._stepped.wait()
         self._unwatch()
-        await asyncio.to_thread(_end, link)
+        await asyncio.to_thread(bury, link)
 
     async def __aenter__(self) -> Self:
         return self
@@ -214,11 +231,17 @@ class AsyncBlockClient(DiskFacts):
     ) -> None:
         await self.close()
 
-    async def _usable(self) -> DiskLink:
-        """The link, once there is one. Raises why there is none."""
-        while self._link.error is not None and self._revival is not None and not self._closing.is_set():
-            self._stepped.clear()
-            await self._stepped.wait()
+    async def _usable(self, *, connected: bool = False) -> DiskLink:
+        """The link, once there is one that takes requests, or whose back-end is there. Raises why there is none."""
+        try:
+            async with asyncio.timeout(self._link.options.request_timeout_s):
+                while self._reviving is not None and not self._closing.is_set():
+                    if self._link.connected or (self._link.error is None and not connected):
+                        break
+                    self._stepped.clear()
+                    await self._stepped.wait()
+        except TimeoutError:
+            raise late(self._link) from None
         return self._good()
 
     def _good(self) -> DiskLink:
@@ -258,23 +281,23 @@ class AsyncBlockClient(DiskFacts):
         if alive or self._timer is None:
             return
         self._unwatch()
-        if self._backoff is not None and not self._closing.is_set():
-            self._revival = self._loop.create_task(self._revive(self._link, self._backoff))
+        if self._revival.wanted and not self._closing.is_set():
+            self._reviving = self._loop.create_task(self._revive(self._link))
         else:
             self._give_up(self._link.error or PeerGone("the back-end has gone"))
 
-    async def _revive(self, old: DiskLink, backoff: Backoff) -> None:
+    async def _revive(self, old: DiskLink) -> None:
         """Connect again, until that succeeds or the back-off gives up."""
-        log.warning("%s: %s; connecting again", old.device.name, str(old.error))
         try:
-            link = await asyncio.to_thread(_dial_again, old, self._endpoint, self._hearing, backoff, self._closing)
+            link = await asyncio.to_thread(self._revival.revive, old)
         except VhostUserError as error:
             self._give_up(error)
             return
         finally:
-            self._revival = None
+            self._reviving = None
         if link is not None:
-            self._copied_before += old.copied_bytes
+            if link is not old:
+                self._copied_before += old.copied_bytes
             self._link = link
             self._watch()
             if link.config != old.config:
@@ -285,21 +308,3 @@ class AsyncBlockClient(DiskFacts):
         self._over = error
         self._hearing.news.set()
         self._stepped.set()
-
-
-def _dial_again(
-    old: DiskLink, endpoint: Endpoint, hearing: _Hearing, backoff: Backoff, stop: threading.Event
-) -> DiskLink | None:
-    """On a thread: give the old connection back, and make another."""
-    old.close()
-    return try_again(lambda: DiskLink(endpoint, old.options, hearing.hear_elsewhere), backoff, stop)
-
-
-def _end(link: DiskLink) -> None:
-    """On a thread: stop and hang up."""
-    if link.error is None:
-        try:
-            link.stop()
-        except VhostUserError as error:
-            log.warning("%s: the disk did not stop in order: %s", link.device.name, error)
-    link.close()

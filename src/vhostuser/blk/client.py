@@ -11,26 +11,28 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
 
 from vhostuser.blk.facts import DiskFacts, serial_of, switch_write_cache
-from vhostuser.blk.link import USABLE_FEATURES, ChangeListener, ConfigChange, DiskLink, Options
+from vhostuser.blk.link import DiskLink
+from vhostuser.blk.options import USABLE_FEATURES, ChangeListener, ConfigChange, Options
 from vhostuser.blk.requests import Discard, Flush, GetId, Read, ReadInto, Request, Write, WriteZeroes
+from vhostuser.blk.revival import Revival, bury, late
 from vhostuser.errors import PeerGone, SetupError, VhostUserError
-from vhostuser.frontend.client import USABLE
+from vhostuser.frontend.client import RESUMABLE
 from vhostuser.frontend.dialogue import again
 from vhostuser.frontend.reach import reachable_again
-from vhostuser.frontend.reconnect import Backoff, try_again
+from vhostuser.frontend.reconnect import Backoff
+from vhostuser.protocol import ProtocolFeature
 
 if TYPE_CHECKING:
     from vhostuser.blk.fileobj import DiskFile
     from vhostuser.blk.requests import Source, Target
     from vhostuser.frontend.memory import Buffer
     from vhostuser.frontend.reach import Endpoint
-    from vhostuser.protocol import ProtocolFeature
 
 T = TypeVar("T")
 
@@ -54,7 +56,7 @@ def connect(
     listen: bool = False,
     huge_pages: bool = False,
     features: int = USABLE_FEATURES,
-    protocol_features: ProtocolFeature = USABLE,
+    protocol_features: ProtocolFeature = RESUMABLE,
 ) -> BlockClient:
     """Connect to the disk at ``endpoint``: the path of its socket (``@name`` for an abstract one), or an inherited
     descriptor or a `Transport`, which is taken over. Blocks until it can be used.
@@ -63,10 +65,18 @@ def connect(
     ``per_thread`` every thread keeps to one of them. ``memory`` bytes are for buffers of `BlockClient.allocate`,
     ``copy_memory`` bytes of each queue for data that is copied (by default 16 KiB per descriptor, 4 MiB at least).
     ``timeout_s`` bounds the connection and every message on the socket, ``request_timeout_s`` every request: a back-end
-    that takes longer counts as gone. With ``reconnect`` a new connection is made when it has gone; requests under way
-    fail all the same. ``on_config_change`` is called, on another thread, when the configuration changes. ``listen``: be
-    the server and wait for the back-end. ``huge_pages``: take the memory from the system's reserve of them.
-    ``features`` and ``protocol_features``: use no others than these.
+    that takes longer counts as gone. ``on_config_change`` is called, on another thread, when the configuration changes.
+    ``listen``: be the server and wait for the back-end. ``huge_pages``: take the memory from the system's reserve of
+    them. ``features`` and ``protocol_features``: use no others than these.
+
+    With ``reconnect`` a new connection is made when the back-end has gone. If it offers in-flight tracking
+    (INFLIGHT_SHMFD) no call notices but by the time it takes: requests under way, and those that are made meanwhile,
+    are answered by the back-end that comes, none is sent twice, and buffers stay. The clocks of ``request_timeout_s``
+    stand still meanwhile and begin anew; it is ``reconnect`` that bounds the outage, and a back-end that is lost again
+    before it answered anything prolongs it. Calls fail as below when nobody comes in that time, when who comes offers
+    less than was there before, when a ring is broken, and when a back-end that is there takes too long for a request.
+    Without in-flight tracking every loss fails what is under way, once; later calls wait for the new connection,
+    ``request_timeout_s`` at most.
 
     Raises `BackendUnfit` when the back-end cannot be driven, `OperatorError` when there is none, `SetupError` for
     options that make no sense, and `PeerGone` or `RemoteProtocolError` for a back-end that is silent or broken.
@@ -81,7 +91,7 @@ def connect(
         listen=listen,
         huge_pages=huge_pages,
         features=features,
-        protocol_features=protocol_features,
+        protocol_features=protocol_features if reconnect else protocol_features & ~ProtocolFeature.INFLIGHT_SHMFD,
     )
     return BlockClient(endpoint, options, per_thread=per_thread, reconnect=reconnect, on_config_change=on_config_change)
 
@@ -93,7 +103,7 @@ class BlockClient(DiskFacts):
     byte is sent. What is larger than the disk takes at once is sent in parts; if one fails the others may have been
     carried out. A request that the device fails raises `RequestFailed`, an `OSError`. When the back-end breaks, falls
     silent or goes away, every call under way raises `RemoteRingError`, `RemoteProtocolError` or `PeerGone`, once, and
-    so does every later one unless the client reconnects. A failed write may or may not have happened.
+    so does every later one unless the client reconnects: see `connect`. A failed write may or may not have happened.
 
     Buffers belong to the request until it is done. Those of `allocate` are used in place; all others are copied, which
     `copied_bytes` counts. `submit` never blocks for room: what does not fit into the ring waits in its order.
@@ -109,32 +119,29 @@ class BlockClient(DiskFacts):
         on_config_change: ChangeListener | None = None,
     ) -> None:
         """See `connect`."""
-        self._endpoint = endpoint if reconnect is None else reachable_again(endpoint)
-        self._options = options
+        again_at = endpoint if reconnect is None else reachable_again(endpoint)
+        self._revival = Revival(again_at, options, self._hear, reconnect)
         self._per_thread = threading.local() if per_thread else None
-        self._backoff = reconnect
         self._listener = on_config_change
+        self._telling: threading.Thread | None = None
         self._state = threading.Condition()  # guards the members below; notified after each step of the reaper
         self._changes: deque[ConfigChange] = deque(maxlen=MAX_CHANGES)
         self._closing = threading.Event()
         self._over: VhostUserError | None = None  # there is no link, and will be none
-        super().__init__(self._dial())
-        self._reaper = threading.Thread(target=self._reap, name=f"disk {self._link.device.name}", daemon=True)
+        super().__init__(self._revival.dial())
+        self._reaper = threading.Thread(target=self._reap, name=f"disk {self._link.name}", daemon=True)
         self._reaper.start()
-
-    def _dial(self) -> DiskLink:
-        return DiskLink(self._endpoint, self._options, self._hear)
 
     @property
     def connected(self) -> bool:
         """Whether the back-end is there."""
-        return not self._closing.is_set() and self._link.error is None
+        return not self._closing.is_set() and self._link.connected
 
     def allocate(self, length: int) -> Buffer:
         """A buffer that the back-end reads and writes in place. Release it, or use ``with``.
 
-        It is of use until the connection ends: after a reconnection, allocate anew. Raises `SetupError` when what is
-        left of ``memory`` has no ``length`` bytes in one piece.
+        It is of use until calls fail because the connection has ended: allocate anew then. Raises `SetupError` when
+        what is left of ``memory`` has no ``length`` bytes in one piece.
         """
         return self._usable().allocate(length)
 
@@ -188,11 +195,11 @@ class BlockClient(DiskFacts):
 
     def set_write_cache(self, enabled: bool) -> None:
         """Switch the volatile write cache of the disk on or off. Raises `ConfigRefused` when it cannot be."""
-        switch_write_cache(self._usable(), enabled=enabled)
+        switch_write_cache(self._connected(), enabled=enabled)
 
     def refresh(self) -> None:
         """Read the configuration again, for back-ends that cannot tell when it changes."""
-        self._usable().refresh()
+        self._connected().refresh()
 
     def wait_config_change(self, timeout_s: float | None = None) -> ConfigChange | None:
         """The next change of the configuration that was not waited for yet.
@@ -216,15 +223,19 @@ class BlockClient(DiskFacts):
     def close(self) -> None:
         """Wait until everything under way is answered, stop the queues, hang up. Idempotent.
 
-        Raises `SetupError` when called by a callback of a future or of the configuration.
+        While the back-end is away nothing is waited for: what is under way fails. Raises `SetupError` when called by a
+        callback of a future or of the configuration.
         """
-        if threading.current_thread() is self._reaper or self._link.device.serving:
+        if threading.current_thread() in (self._reaper, self._telling) or self._link.serving:
             raise SetupError("a callback cannot close the client that it was called by")
         with self._state:
             self._closing.set()
             self._state.notify_all()
+        self._revival.interrupt()
         self._link.wake()
         self._reaper.join()
+        if self._telling is not None:
+            self._telling.join()
 
     def __enter__(self) -> Self:
         return self
@@ -236,18 +247,32 @@ class BlockClient(DiskFacts):
         return cast(T, self.submit(request).result())
 
     def _usable(self) -> DiskLink:
-        """The link, once there is one. Raises why there is none."""
+        """The link, once there is one that takes requests. Raises why there is none."""
         link = self._link
         if link.error is None and not self._closing.is_set():
             return link
+        return self._wait_for(lambda link: link.error is None)
+
+    def _connected(self) -> DiskLink:
+        """The link, once the back-end is there."""
+        return self._wait_for(lambda link: link.connected)
+
+    def _wait_for(self, good: Callable[[DiskLink], bool]) -> DiskLink:
+        """Raises `PeerGone` when that takes longer than a request may, unless something else is wrong."""
         with self._state:
-            if self._backoff is not None and threading.current_thread() is not self._reaper:
-                self._state.wait_for(lambda: self._link.error is None or self._over or self._closing.is_set())
+            if self._revival.wanted and threading.current_thread() is not self._reaper:
+                self._state.wait_for(
+                    lambda: good(self._link) or self._over or self._closing.is_set(),
+                    self._link.options.request_timeout_s,
+                )
+            link = self._link
             if self._closing.is_set():
                 raise SetupError("the client is closed")
-            if self._link.error is None:
-                return self._link
-            raise again(self._over or self._link.error)
+            if good(link):
+                return link
+            if self._over is None and self._revival.wanted:
+                raise late(link)
+            raise again(self._over or link.error or PeerGone("the back-end has gone"))
 
     def _next_turn(self) -> int:
         """In turn for each request, or once for each thread."""
@@ -262,8 +287,15 @@ class BlockClient(DiskFacts):
         with self._state:
             self._changes.append(change)
             self._state.notify_all()
-        if self._listener is not None:
+        if self._listener is None:
+            return
+        if threading.current_thread() is not self._reaper:
             self._listener(change)
+            return
+        # The listener may ask for something, and the reaper is who would have to answer that.
+        tell = _Telling(self._listener, change, self._telling)
+        self._telling = threading.Thread(target=tell, name="disk listener", daemon=True)
+        self._telling.start()
 
     def _reap(self) -> None:
         """Take answers until the client is closed, or the back-end has gone for good."""
@@ -276,39 +308,42 @@ class BlockClient(DiskFacts):
                 break
             if not alive and not self._revive(link):
                 break
-        self._end()
+        bury(self._link)
+        with self._state:
+            self._over = self._over or self._link.error
+            self._state.notify_all()
 
     def _revive(self, old: DiskLink) -> bool:
         """Connect again, if that is wanted. False when there will be no connection any more."""
-        reason = old.error or PeerGone("the back-end has gone")
-        if self._backoff is None:
-            self._over = reason
-            return False
-        log.warning("%s: %s; connecting again", old.device.name, str(reason))  # a kept record keeps no arena
-        old.close()
         try:
-            link = try_again(self._dial, self._backoff, self._closing)
+            link = self._revival.revive(old)
         except VhostUserError as error:
             self._over = error
             return False
         if link is None:
             return False
         with self._state:
-            self._copied_before += old.copied_bytes
+            if link is not old:
+                self._copied_before += old.copied_bytes
             self._link = link
             self._state.notify_all()
         if link.config != old.config:
             self._hear(ConfigChange(old.config, link.config))
         return True
 
-    def _end(self) -> None:
-        link = self._link
-        if link.error is None:
-            try:
-                link.stop()
-            except VhostUserError as error:
-                log.warning("%s: the disk did not stop in order: %s", link.device.name, error)
-        link.close()
-        with self._state:
-            self._over = self._over or link.error
-            self._state.notify_all()
+
+class _Telling:
+    """Tells a listener of one change, after the one before."""
+
+    def __init__(self, listener: ChangeListener, change: ConfigChange, before: threading.Thread | None) -> None:
+        self._listener = listener
+        self._change = change
+        self._before = before
+
+    def __call__(self) -> None:
+        if self._before is not None:
+            self._before.join()
+        try:
+            self._listener(self._change)
+        except Exception:
+            log.exception("an error in what was to hear of a changed configuration")

@@ -51,7 +51,7 @@ class DiskFacts:
     @property
     def protocol_features(self) -> ProtocolFeature:
         """The protocol features in use."""
-        return self._link.device.protocol_features
+        return self._link.protocol_features
 
     @property
     def num_queues(self) -> int:

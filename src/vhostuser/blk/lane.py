@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -30,6 +31,7 @@ class Lane:
         """``room`` is for copies; ``timeout_s`` is how long the device may take for one request."""
         self.queue: Final = queue
         self.copied_bytes = 0
+        self.answered = 0
         self._limits = limits
         self._room = room
         self._view = queue.memory.view
@@ -81,6 +83,14 @@ class Lane:
                 if not driver.enable_calls():
                     return
 
+    def restart(self) -> None:
+        """The ring goes on behind another back-end: it has the whole time for each request, and `collect` is due."""
+        with self._lock:
+            deadline = time.monotonic() + self._timeout_s
+            for token, (part, copy, _) in self._flying.items():
+                self._flying[token] = (part, copy, deadline)
+        os.eventfd_write(self.queue.call.fileno(), 1)
+
     def fail(self, error: VhostUserError) -> list[Job]:
         """Give up: nothing more is put into the ring. Returns every job that is not finished."""
         with self._lock:
@@ -97,6 +107,7 @@ class Lane:
         else:
             last = part.job.answered(part, status, self._view[copy : copy + part.length])
             self._room.give(copy, part.length)
+        self.answered += 1
         del self._flying[token]  # not before: whatever goes wrong until here, `fail` still finds it
         if last:
             finished.append(part.job)

@@ -139,6 +139,26 @@ class DiskLimits:
         return [(address + at, min(step, length - at)) for at in range(0, length, step)]
 
 
+def shrunk(old: DiskLimits, new: DiskLimits) -> str | None:
+    """What ``new`` takes less of than ``old``, as a sentence; None when every request that fits one fits the other."""
+    if new.block_size > old.block_size:
+        return f"its blocks are {new.block_size} bytes now, and were {old.block_size}"
+    pairs = [
+        ("its size in sectors", old.num_sectors, new.num_sectors),
+        ("the most segments of one request", old.max_segments, new.max_segments),
+        ("the most bytes of one segment", old.segment_bytes, new.segment_bytes),
+        ("the most bytes of one request", old.max_bytes, new.max_bytes),
+    ]
+    for name, before, now in (("discard", old.discard, new.discard), ("zeroes", old.write_zeroes, new.write_zeroes)):
+        if before is not None and now is not None:
+            pairs.append((f"the most sectors of one range to {name}", before.max_sectors, now.max_sectors))
+            pairs.append((f"the most ranges to {name}", before.max_ranges, now.max_ranges))
+    for what, least, most in pairs:
+        if most < least:
+            return f"{what} is {most} now, and was {least}"
+    return None
+
+
 def cut_ranges(limits: RangeLimits, offset: int, length: int) -> Iterator[list[Run]]:
     """Cut bytes of the disk into (sector, sectors) of one request after another."""
     sector, end = offset // SECTOR, (offset + length) // SECTOR

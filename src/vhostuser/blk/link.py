@@ -1,4 +1,4 @@
-"""One connection to a disk: the device, its shared memory and its queues. Touches what `frontend` gives it.
+"""The connection to a disk: the device, its shared memory and its queues. Touches what `frontend` gives it.
 
 Both clients stand on it: one lets a thread of its own call `step`, the other an event loop.
 """
@@ -11,148 +11,107 @@ import select
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Final
 
 from vhostuser._native import RequestQueue
+from vhostuser.blk.fitness import another, check_as_before, check_queues, first_config, limits_of
 from vhostuser.blk.lane import Lane
-from vhostuser.blk.limits import MAX_REQUEST_BYTES, MAX_SECTORS, DiskLimits
+from vhostuser.blk.limits import MAX_SECTORS, DiskLimits
+from vhostuser.blk.options import ChangeListener, ConfigChange, Options
 from vhostuser.blk.requests import Job, Promise, Request
-from vhostuser.errors import BackendRefused, BackendUnfit, PeerGone, RemoteRingError, SetupError, VhostUserError
-from vhostuser.frontend.client import USABLE, HostDevice
+from vhostuser.errors import ConfigRefused, PeerGone, RemoteRingError, SetupError, VhostUserError
+from vhostuser.frontend.client import HostDevice
 from vhostuser.frontend.dialogue import again
-from vhostuser.frontend.memory import PAGE, Buffer, Pool, SharedMemory
-from vhostuser.frontend.queue import check_size, eventfd, request_queue
-from vhostuser.frontend.reach import Endpoint
+from vhostuser.frontend.inflight import HostInflight
+from vhostuser.frontend.memory import Buffer, Pool, SharedMemory
+from vhostuser.frontend.queue import eventfd, request_queue
+from vhostuser.frontend.reach import Endpoint, name_of_endpoint
 from vhostuser.protocol import ProtocolFeature
-from vhostuser.virtio.blk import WRITEBACK_OFFSET, BlkFeature, VirtioBlkConfig
-from vhostuser.virtio.features import RingFeature
-
-USABLE_FEATURES: Final = int(
-    BlkFeature.SIZE_MAX
-    | BlkFeature.SEG_MAX
-    | BlkFeature.GEOMETRY
-    | BlkFeature.RO
-    | BlkFeature.BLK_SIZE
-    | BlkFeature.FLUSH
-    | BlkFeature.TOPOLOGY
-    | BlkFeature.CONFIG_WCE
-    | BlkFeature.MQ
-    | BlkFeature.DISCARD
-    | BlkFeature.WRITE_ZEROES
-) | int(RingFeature.INDIRECT_DESC | RingFeature.EVENT_IDX | RingFeature.VERSION_1)
-"""The features that a client makes use of; it does without each of them."""
-
-CONFIG_SIZES: Final = (60, 36, 8)
-"""What is asked of the configuration space, in turn: up to the last field of the features above, as Cloud Hypervisor,
-Firecracker and libblkio do; the least that QEMU asks for; the capacity alone."""
-
-
-MAX_TIMEOUT_S: Final = 1_000_000.0
-"""What still fits into the milliseconds of poll(2)."""
+from vhostuser.virtio.blk import WRITEBACK_OFFSET, VirtioBlkConfig
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How to connect to a disk. `vhostuser.connect` explains them."""
-
-    queues: int = 1
-    queue_size: int = 128
-    memory: int = 64 << 20
-    copy_memory: int | None = None
-    timeout_s: float = 10.0
-    request_timeout_s: float = 30.0
-    listen: bool = False
-    huge_pages: bool = False
-    features: int = USABLE_FEATURES
-    protocol_features: ProtocolFeature = USABLE
-
-    def check(self) -> None:
-        """Raise `SetupError` for numbers that make no sense."""
-        check_size(self.queue_size)
-        if self.queue_size < 4:
-            raise SetupError(f"a queue of a disk has at least 4 descriptors, not {self.queue_size}")
-        if not 1 <= self.queues <= 256:
-            raise SetupError(f"a disk has 1 to 256 queues, not {self.queues}")
-        for limit in (self.timeout_s, self.request_timeout_s):
-            if not 0 < limit <= MAX_TIMEOUT_S:
-                raise SetupError(f"a time limit is more than 0 and at most {MAX_TIMEOUT_S:.0f} s, not {limit}")
-
-    @property
-    def copies(self) -> int:
-        """Bytes for copies, of each queue."""
-        if self.copy_memory is None:
-            return max(4 * MAX_REQUEST_BYTES, self.queue_size * 16384)
-        return max(self.copy_memory // PAGE * PAGE, MAX_REQUEST_BYTES)
-
-
-@dataclass(frozen=True, slots=True)
-class ConfigChange:
-    """The configuration of a disk was another one before, and is this now."""
-
-    old: VirtioBlkConfig
-    new: VirtioBlkConfig
-
-
-ChangeListener = Callable[[ConfigChange], None]
+Deliver = Callable[[Callable[[], None]], None]
+"""Runs what settles jobs where that may be done."""
 
 
 class DiskLink:
-    """A disk that is connected and started. Any thread, but `step` and `close`.
+    """A disk that is connected and started. Any thread, but `step`, `open`, `resume` and `close`.
 
-    Once anything breaks it is over for good: every request under way fails, and so does every later call.
+    When the connection is lost and the back-end keeps books of what is in flight, it is `away`: rings, buffers and jobs
+    stay as they are, more can be submitted, and `resume` goes on with another back-end. Whatever else breaks, it is
+    over for good: every request under way fails, and so does every later call.
     """
 
-    def __init__(self, endpoint: Endpoint, options: Options, changed: ChangeListener) -> None:
-        """Connect, negotiate, share memory and start the queues. ``changed`` hears of changes of the configuration.
-
-        Blocks, within the time limits. Raises `BackendUnfit` when it cannot be driven, `OperatorError` when nobody is
-        there, and whatever a broken back-end deserves.
-        """
+    def __init__(
+        self, endpoint: Endpoint, options: Options, changed: ChangeListener, *, deliver: Deliver | None = None
+    ) -> None:
+        """``changed`` hears of changes of the configuration. `open` makes the connection."""
         options.check()
         self.options: Final = options
-        self.device: Final = HostDevice(
-            endpoint,
-            listen=options.listen,
-            features=options.features,
-            protocol_features=options.protocol_features,
-            require=ProtocolFeature.CONFIG,
-            timeout_s=options.timeout_s,
-            drain_timeout_s=options.request_timeout_s,
-        )
+        self.name: Final = name_of_endpoint(endpoint)
+        self.device: HostDevice | None = None
+        """The device of the latest connection."""
         self.lanes: Sequence[Lane] = ()
+        self.features = 0
+        """The virtio feature bits in use."""
+        self.config = VirtioBlkConfig()
+        self.limits: DiskLimits
+        self._endpoint: Final = endpoint
         self._changed = changed
+        self._deliver: Final[Deliver] = deliver or (lambda task: task())
+        self._config_size = 0  # what the back-end tells of it, in bytes
+        self._write_cache: bool | None = None  # as it was switched
         self._memory: SharedMemory | None = None
         self._copied_before = 0
         self._error: VhostUserError | None = None
+        self._away: VhostUserError | None = None
+        self._region: HostInflight | None = None  # while it is away
+        self._departed: list[HostDevice] = []  # their listeners may still run
+        self._given_up = threading.Event()
         self._poll: Final = select.epoll()
         self._wake: Final = eventfd()
         self._wake_lock = threading.Lock()
+
+    def open(self) -> None:
+        """Connect, negotiate, share memory and start the queues.
+
+        Blocks, within the time limits. Raises `BackendUnfit` when it cannot be driven, `OperatorError` when nobody is
+        there, and whatever a broken back-end deserves; it is closed then.
+        """
         try:
-            self._begin()
+            self._begin(self._connect(self.options.features))
         except BaseException:
             self.close()
             raise
 
-    def _begin(self) -> None:
-        device, options = self.device, self.options
-        device.realize()
-        if options.queues > device.max_queues:
-            raise BackendUnfit(
-                device.name,
-                f"it has {device.max_queues} queues and {options.queues} were asked for",
-                "Ask for fewer, or start the back-end with more",
-            )
-        self.config = VirtioBlkConfig.unpack(self._first_config())
-        self.limits = DiskLimits.of(
-            device.name,
-            device.features,
-            self.config,
-            queue_size=options.queue_size,
-            max_bytes=MAX_REQUEST_BYTES,
+    def _connect(self, features: int) -> HostDevice:
+        options = self.options
+        self.device = device = HostDevice(
+            self._endpoint,
+            listen=options.listen,
+            features=features,
+            protocol_features=options.protocol_features,
+            require=ProtocolFeature.CONFIG,
+            timeout_s=options.timeout_s,
+            drain_timeout_s=options.request_timeout_s,
+            stop=self._given_up,
         )
+        if self._given_up.is_set():
+            raise PeerGone(f"{self.name} was given up")
+        device.realize()
+        check_queues(device, options)
+        return device
+
+    def _begin(self, device: HostDevice) -> None:
+        options = self.options
+        self.features = device.features
+        told = first_config(device, self._hear)
+        self._config_size = len(told)
+        self.config = VirtioBlkConfig.unpack(told)
+        self.limits = limits_of(device, self.config, options)
         segments = self.limits.max_segments
         room = RequestQueue.bytes_needed(options.queue_size, segments)
         self._memory = memory = SharedMemory(
@@ -160,7 +119,7 @@ class DiskLink:
         )
         lanes: list[Lane] = []
         for index in range(options.queues):
-            queue = request_queue(memory, index, options.queue_size, seg_max=segments, features=device.features)
+            queue = request_queue(memory, index, options.queue_size, seg_max=segments, features=self.features)
             pool = Pool(memory.reserve(options.copies), options.copies)
             lanes.append(Lane(queue, pool, self.limits, timeout_s=options.request_timeout_s))
             self.lanes = tuple(lanes)
@@ -171,18 +130,50 @@ class DiskLink:
             self._poll.register(lane.queue.call.fileno(), select.EPOLLIN)
             self._poll.register(lane.queue.err.fileno(), select.EPOLLIN)
 
-    def _first_config(self) -> bytes:
-        refused: BackendRefused | None = None
-        for size in CONFIG_SIZES:
-            try:
-                return self.device.watch_config(size, self._hear)
-            except BackendRefused as error:
-                refused = error
-        raise BackendUnfit(
-            self.device.name,
-            f"it does not tell its configuration: {refused}",
-            "Report it to the makers of the back-end",
-        )
+    def resume(self) -> None:
+        """Connect again after the connection was lost, and let the back-end go on with the rings as they are.
+
+        Nothing is submitted again: the back-end answers what the other one has not. Time limits of requests begin
+        anew. Blocks and raises as `open`, and can be tried again, unless it is `BackendUnfit`.
+        """
+        limits, region = self.limits, self._region
+        if region is None:
+            raise SetupError(f"{self.name} is not away")
+        try:
+            device = self._connect(self.features)
+            device.check_resumable(region)
+            device.watch_config(self._config_size, self._hear, known=b"")
+            check_as_before(device, self.features, limits, limits_of(device, self.config, self.options))
+            self._switch_back(device)
+            device.start(self.memory, [lane.queue for lane in self.lanes], inflight=region)
+            self._poll.register(device.fileno(), select.EPOLLRDHUP)
+        except BaseException:
+            if self.device is not None:
+                self.device.take_inflight()  # what it has taken over is kept here
+                self._leave(self.device)
+            raise
+        self._region = self._away = None
+        for lane in self.lanes:
+            lane.restart()
+
+    def _switch_back(self, device: HostDevice) -> None:
+        """Switch the write cache as it was before: a write that is under way may count on it."""
+        wanted = self._write_cache
+        if wanted is None or bool(self.config.writeback) is wanted:
+            return
+        device.accept_features()  # there is no such field without them
+        try:
+            self.set_write_cache(wanted)
+        except ConfigRefused as error:
+            raise another(device, f"its write cache cannot be switched as it was: {error}") from error
+        if bool(self.config.writeback) is not wanted:
+            raise another(device, f"its write cache cannot be switched {'on' if wanted else 'off'} again")
+
+    def give_up(self) -> None:
+        """Make `open` or `resume` end, which runs on another thread."""
+        self._given_up.set()
+        if (device := self.device) is not None:
+            device.dialogue.fail(PeerGone(f"{self.name} was given up"))
 
     @property
     def memory(self) -> SharedMemory:
@@ -192,14 +183,29 @@ class DiskLink:
         return self._memory
 
     @property
-    def features(self) -> int:
-        """The virtio feature bits in use."""
-        return self.device.features
+    def protocol_features(self) -> ProtocolFeature:
+        """The protocol features in use."""
+        return self._reached().protocol_features
 
     @property
     def error(self) -> VhostUserError | None:
         """Why it is over; None while it is good."""
         return self._error
+
+    @property
+    def away(self) -> VhostUserError | None:
+        """Why there is no connection now, though it is not over; None while there is one."""
+        return self._away
+
+    @property
+    def connected(self) -> bool:
+        """Whether the back-end is there."""
+        return self._error is None and self._away is None
+
+    @property
+    def serving(self) -> bool:
+        """Whether the caller runs on the thread of a back-end channel."""
+        return any(device.serving for device in (self.device, *self._departed) if device is not None)
 
     def fileno(self) -> int:
         """A descriptor that is readable while `step` has something to do."""
@@ -230,9 +236,9 @@ class DiskLink:
             job.settle()
 
     def step(self, timeout_s: float = 0.0) -> bool:
-        """Wait at most ``timeout_s``, take what has come, settle the jobs that are finished. False once it is over.
+        """Wait at most ``timeout_s``, take what has come, settle the jobs that are finished. False once it is lost.
 
-        One thread at a time.
+        One thread at a time. Not while it is `away`.
         """
         events = {fd for fd, _ in self._poll.poll(timeout_s)}
         finished: list[Job] = []
@@ -241,26 +247,29 @@ class DiskLink:
         except VhostUserError as error:
             self.fail(error)
         except Exception:  # nobody may wait for ever because of an error of ours
-            log.exception("%s: an error of our own ends the connection", self.device.name)
+            log.exception("%s: an error of our own ends the connection", self.name)
             self.fail(PeerGone("the connection was given up because of an error of our own, which was logged"))
         for job in finished:
             job.settle()
-        return self._error is None
+        return self.connected
 
     def _take(self, events: set[int], finished: list[Job]) -> None:
+        device = self.device
+        hung_up = device is None or device.fileno() in events
         if self._wake.fileno() in events:
             os.eventfd_read(self._wake.fileno())
-        hung_up = self.device.fileno() in events
         for lane in self.lanes:
             if lane.queue.call.fileno() in events or hung_up:
                 lane.queue.called()
                 lane.collect(finished)
-        if hung_up:
-            raise again(self.device.dialogue.error or PeerGone("the back-end closed the connection"))
         now = time.monotonic()
         for lane in self.lanes:
             if lane.queue.err.fileno() in events and lane.queue.failed():
                 raise RemoteRingError(f"the back-end reports that ring {lane.queue.index} is broken")
+        if hung_up:
+            self._lose()
+            return
+        for lane in self.lanes:
             if (deadline := lane.deadline) is not None and deadline <= now:
                 lane.collect(finished)  # the answer may have come without a call
                 if (deadline := lane.deadline) is not None and deadline <= now:
@@ -268,6 +277,23 @@ class DiskLink:
                         f"the back-end left a request unanswered for {self.options.request_timeout_s:g} s, "
                         f"and {lane.outstanding - 1} after it"
                     )
+
+    def _lose(self) -> None:
+        """The connection is gone: keep everything else for another, if the back-end has kept its books."""
+        device = self.device
+        error = device.dialogue.error if device is not None else None
+        reason = again(error or PeerGone("the back-end closed the connection"))
+        region = device.take_inflight() if device is not None else None
+        if device is None or region is None:
+            raise reason
+        self._region, self._away = region, reason
+        self._poll.unregister(device.fileno())
+        self._leave(device)
+
+    def _leave(self, device: HostDevice) -> None:
+        """Close a connection without waiting for a listener, which may itself wait for a later one."""
+        device.close(wait=False)
+        self._departed = [*(other for other in self._departed if not other.quiet and other is not device), device]
 
     def patience(self) -> float:
         """How long `step` may wait before it has to look at the time, in seconds."""
@@ -284,15 +310,24 @@ class DiskLink:
     def fail(self, error: VhostUserError) -> None:
         """End it on account of ``error``: all jobs under way fail, each with an error of its own."""
         self._error = self._error or error
-        self.device.dialogue.fail(error)
+        region, self._region = self._region, None
+        if region is not None:
+            region.close()
+        if self.device is not None:
+            self.device.dialogue.fail(error)
         for lane in self.lanes:
             for job in lane.fail(error):
-                job.settle(again(error))
+                self._deliver(partial(job.settle, again(error)))
 
     @property
     def idle(self) -> bool:
         """Whether no job is under way."""
         return all(lane.idle for lane in self.lanes)
+
+    @property
+    def answered(self) -> int:
+        """How many requests were answered so far."""
+        return sum(lane.answered for lane in self.lanes)
 
     @property
     def copied_bytes(self) -> int:
@@ -305,37 +340,52 @@ class DiskLink:
 
     def set_write_cache(self, enabled: bool) -> None:
         """Write ``writeback`` of the configuration, and read what became of it. Raises `ConfigRefused`."""
-        self.device.write_config(WRITEBACK_OFFSET, bytes([enabled]))
+        device = self._reached()
+        device.write_config(WRITEBACK_OFFSET, bytes([enabled]))
         # From the start: libvhost-user does not look at the offset, and answers with the first bytes of all.
-        writeback = self.device.read_config(0, WRITEBACK_OFFSET + 1)[WRITEBACK_OFFSET]
+        writeback = device.read_config(0, WRITEBACK_OFFSET + 1)[WRITEBACK_OFFSET]
         self.config = replace(self.config, writeback=writeback)
+        if bool(writeback) is enabled:
+            self._write_cache = enabled
 
     def refresh(self) -> None:
         """Read the configuration again."""
-        self.device.refresh_config()
+        self._reached().refresh_config()
+
+    def _reached(self) -> HostDevice:
+        if self.device is None:
+            raise again(self._error or PeerGone("there is no connection yet"))
+        return self.device
 
     def _hear(self, _old: bytes, new: bytes) -> None:
         config = VirtioBlkConfig.unpack(new)
         if config.capacity > MAX_SECTORS:
-            self.device.dialogue.fail(PeerGone(f"the back-end says now that it has {config.capacity} sectors"))
+            error = PeerGone(f"the back-end says now that it has {config.capacity} sectors")
+            self._reached().dialogue.fail(error)
             return
         before, self.config = self.config, config
         self.limits = replace(self.limits, num_sectors=config.capacity)
+        if self._away is not None:
+            before = replace(before, writeback=config.writeback)  # `_switch_back` follows
         if config != before:
             self._changed(ConfigChange(before, config))
 
     def stop(self) -> None:
         """Stop the queues in order, once nothing is under way. Raises what goes wrong with that."""
-        self.device.stop()
-        self.device.reset()
+        device = self._reached()
+        device.stop()
+        device.reset()
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         """Hang up, fail what is under way, and give everything back. No `step` may run any more. Idempotent.
 
-        Buffers that are still held keep their memory.
+        Waits for listeners that hear of the configuration now, unless told not to. Buffers that are still held keep
+        their memory.
         """
         self.fail(PeerGone("the connection is closed"))
-        self.device.close()
+        for device in (self.device, *self._departed):
+            if device is not None:
+                device.close(wait=wait)
         for lane in self.lanes:
             lane.queue.close()
         self._copied_before, self.lanes, self._memory = self.copied_bytes, (), None

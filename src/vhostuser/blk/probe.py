@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from vhostuser.blk.link import CONFIG_SIZES
+from vhostuser.blk.options import CONFIG_SIZES
 from vhostuser.errors import BackendRefused, PeerGone, RemoteProtocolError
 from vhostuser.frontend.client import USABLE, HostDevice
 from vhostuser.frontend.reach import Endpoint

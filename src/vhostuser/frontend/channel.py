@@ -56,6 +56,9 @@ class BackendChannel:
         self._config_changed = config_changed
         self._translate = translate
         self._wake: Final = eventfd()
+        self._ending = threading.Lock()
+        self._serves = False  # the descriptors are the thread's
+        self._closing = False
         self._thread = threading.Thread(target=self._run, name="back-end channel", daemon=True)
 
     @property
@@ -63,16 +66,32 @@ class BackendChannel:
         """Whether the caller is the thread of the channel."""
         return threading.current_thread() is self._thread
 
+    @property
+    def running(self) -> bool:
+        """Whether the thread of the channel has not ended."""
+        return self._thread.is_alive()
+
     def start(self) -> None:
         """Begin to serve."""
+        self._serves = True
         self._thread.start()
 
-    def close(self) -> None:
-        """End the thread and close both ends. Waits for what the thread does now; not for itself to call."""
-        os.eventfd_write(self._wake.fileno(), 1)
-        if self._thread.ident is not None:
-            self._thread.join()
+    def close(self, *, wait: bool = True) -> None:
+        """End the thread and close both ends. Waits for what the thread does now; not for itself to call. Idempotent.
+
+        Without ``wait`` it closes what is its own when it has done that.
+        """
         self.theirs.close()
+        with self._ending:
+            self._closing = True
+            if self._serves:
+                os.eventfd_write(self._wake.fileno(), 1)
+            else:
+                self._give_back()
+        if wait and self._thread.ident is not None:
+            self._thread.join()
+
+    def _give_back(self) -> None:
         self._transport.close()
         self._wake.close()
 
@@ -91,7 +110,11 @@ class BackendChannel:
         finally:
             self._connection.close()
             self._close_refused()
-            self._transport.shutdown()
+            self._transport.shutdown()  # not closed as long as bytes may be unread: that would be a reset
+            with self._ending:
+                self._serves = False
+                if self._closing:
+                    self._give_back()
 
     def _receive(self) -> None:
         self._connection.receive(*self._transport.receive(self._connection.want))

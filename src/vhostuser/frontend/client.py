@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from types import TracebackType
 from typing import Any, Final, Self
 
-from vhostuser.errors import BackendRefused, BackendUnfit, ConfigRefused, RemoteProtocolError, SetupError
+from vhostuser.errors import BackendRefused, BackendUnfit, RemoteProtocolError, SetupError
 from vhostuser.fds import Fd
 from vhostuser.frontend.channel import BackendChannel
+from vhostuser.frontend.configuration import Configured
 from vhostuser.frontend.dialogue import Dialogue
+from vhostuser.frontend.inflight import HostInflight, received
 from vhostuser.frontend.memory import SharedMemory
 from vhostuser.frontend.queue import HostQueue
 from vhostuser.frontend.reach import Endpoint, name_of_endpoint, reach
@@ -25,8 +27,8 @@ from vhostuser.protocol import (
     F_PROTOCOL_FEATURES,
     REQUIRED_WITH,
     U64,
-    Config,
     FrontendRequest,
+    Inflight,
     Iotlb,
     IotlbPerm,
     IotlbType,
@@ -54,12 +56,14 @@ USABLE: Final = (
 )
 """The protocol features that `HostDevice` makes use of; it does without each of them."""
 
+RESUMABLE: Final = USABLE | ProtocolFeature.INFLIGHT_SHMFD
+"""The same, and what it takes to go on after the back-end has died: for who means to come back. Such a back-end may end
+without answering everything, since somebody will."""
+
 NO_FEATURE: Final = ProtocolFeature(0)
 
 MAX_QUEUES: Final = 256
 """A ring is named by one byte in SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR."""
-
-ConfigListener = Callable[[bytes, bytes], None]
 
 
 class Life(Enum):
@@ -71,11 +75,22 @@ class Life(Enum):
     CLOSED = "closed"
 
 
-class HostDevice:
+class HostDevice(Configured):
     """One device behind one connection: `realize`, `start`, `stop` or `reset`, `start` again, `close`.
 
     The life cycle is for one thread at a time; configuration and properties may be used from any. Every wait has a time
     limit. Once the connection breaks, every method raises what broke it, and only `close` is left to do.
+
+    With INFLIGHT_SHMFD (`RESUMABLE`) the rings can go on behind another back-end, which answers what the one that is
+    gone left unanswered; nothing is put into them again. Keep memory and queues as they are, and hand the region over::
+
+        region = device.take_inflight()  # None: the back-end has none, and what was under way is lost
+        device.close()
+        device = HostDevice(path, features=..., protocol_features=RESUMABLE)
+        device.realize()
+        device.start(memory, queues, inflight=region)
+
+    Without a region, neither is to be used again: the old back-end may still write into them.
     """
 
     def __init__(
@@ -88,16 +103,18 @@ class HostDevice:
         require: ProtocolFeature = NO_FEATURE,
         timeout_s: float = 10.0,
         drain_timeout_s: float = 30.0,
+        stop: threading.Event | None = None,
     ) -> None:
         """Connect to ``endpoint``: a path, or an inherited descriptor or transport, which it takes over.
 
         ``listen``: be the server and wait for the back-end to connect. ``features`` and ``protocol_features`` are what
         the caller can use; without ``require`` it cannot do. ``timeout_s`` bounds the wait for each answer and for the
-        connection, ``drain_timeout_s`` the wait for requests in flight when a ring is stopped. Raises `OperatorError`
-        when nobody is there.
+        connection, ``drain_timeout_s`` the wait for requests in flight when a ring is stopped. ``stop`` ends the
+        wait for the connection when it is set. Raises `OperatorError` when nobody is there.
         """
         self.name: Final = name_of_endpoint(endpoint)
-        self.dialogue: Final = Dialogue(reach(endpoint, listen=listen, timeout_s=timeout_s), timeout_s=timeout_s)
+        transport = reach(endpoint, listen=listen, timeout_s=timeout_s, stop=stop)
+        super().__init__(Dialogue(transport, timeout_s=timeout_s))
         self.life = Life.CONNECTED
         self.max_queues = 1
         """How many queues can be used, 1 to 256; 1 when the back-end does not say."""
@@ -110,9 +127,7 @@ class HostDevice:
         self._channel: BackendChannel | None = None
         self._memory: SharedMemory | None = None
         self._queues: Sequence[Queue] = ()
-        self._config_lock = threading.RLock()  # a listener may read, too
-        self._config: bytes | None = None
-        self._config_listener: ConfigListener | None = None
+        self._inflight: HostInflight | None = None
 
     @property
     def features_offered(self) -> int:
@@ -145,6 +160,11 @@ class HostDevice:
     def serving(self) -> bool:
         """Whether the caller runs on the thread of the back-end channel, which cannot end itself."""
         return self._channel is not None and self._channel.serving
+
+    @property
+    def quiet(self) -> bool:
+        """Whether no listener runs, and none will: after `close` without waiting."""
+        return self.life is Life.CLOSED and (self._channel is None or not self._channel.running)
 
     def realize(self) -> None:
         """Negotiate what is decided once per connection. Raises `BackendUnfit` when something required is missing."""
@@ -183,19 +203,28 @@ class HostDevice:
         channel.theirs.close()
         channel.start()
 
-    def start(self, memory: SharedMemory, queues: Sequence[Queue]) -> None:
+    def start(self, memory: SharedMemory, queues: Sequence[Queue], *, inflight: HostInflight | None = None) -> None:
         """Share ``memory`` and start ``queues``, which lie in it and stay the caller's. Returns once they run.
 
-        Raises `BackendRefused` when the back-end does not want something of it, `BackendUnfit` when it does not accept
-        the features; the connection is of no further use then.
+        ``inflight`` is the region of a connection that is lost, on which these very queues ran: they go on from there.
+        It is taken over, also by a start that fails. Without one, and with INFLIGHT_SHMFD, the back-end is asked for a
+        fresh one. Raises `BackendRefused` when the back-end does not want something of it, `BackendUnfit` when it does
+        not accept the features, or not those that the queues use already; the connection is of no further use then.
         """
         self._expect(Life.REALIZED)
-        self._set_status(DeviceStatus.ACKNOWLEDGE | DeviceStatus.DRIVER)
-        features = self.features | (self.features_offered & F_PROTOCOL_FEATURES)
-        self.dialogue.tell(Req.SET_FEATURES, U64(features))
-        self._agree_on_features()
+        self._drop_inflight()
+        if inflight is not None:
+            self._inflight = inflight
+            self.check_resumable(inflight)
+        self.accept_features()
+        if inflight is None and queues and ProtocolFeature.INFLIGHT_SHMFD in self.protocol_features:
+            self._inflight = self._ask_inflight(queues)
+        if self._inflight is not None:
+            self.dialogue.tell(Req.SET_INFLIGHT_FD, self._inflight.payload, [self._inflight.fd])
         self._share(memory)
         for queue in queues:
+            if inflight is not None:
+                queue.base = queue.used_index  # as QEMU; who has the region knows better
             self._set_up(queue)
         self._enable(queues, 1)
         self._set_status(
@@ -205,6 +234,39 @@ class HostDevice:
         self.life = Life.STARTED
         for queue in queues:  # older back-ends start a ring when it is first kicked
             queue.notify()
+
+    def check_resumable(self, inflight: HostInflight) -> None:
+        """Raise `BackendUnfit` when rings that use ``inflight`` cannot go on here. `start` looks, too."""
+        advice = "Start the one that was there before, with the same options"
+        if ProtocolFeature.INFLIGHT_SHMFD not in self.protocol_features:
+            raise BackendUnfit(self.name, "it does not offer INFLIGHT_SHMFD, and requests are under way", advice)
+        if lacking := inflight.features & ~self.features:
+            cause = f"it does not offer what the requests under way use: {' '.join(feature_names(lacking))}"
+            raise BackendUnfit(self.name, cause, advice)
+        if self.features != inflight.features:
+            raise SetupError(f"the queues use features {inflight.features:#x}, not {self.features:#x}")
+
+    def _ask_inflight(self, queues: Sequence[Queue]) -> HostInflight | None:
+        asked = Inflight(0, 0, max(queue.index for queue in queues) + 1, max(queue.size for queue in queues))
+        try:
+            return received(self.dialogue.ask(Req.GET_INFLIGHT_FD, asked), asked, self.features)
+        except RemoteProtocolError as error:
+            self.dialogue.fail(error)
+            raise
+
+    @property
+    def inflight(self) -> HostInflight | None:
+        """The region of the rings, while they run and there is one; `close` gives it up."""
+        return self._inflight
+
+    def take_inflight(self) -> HostInflight | None:
+        """The region of the rings, which is the caller's from now on: for `start` on a later connection."""
+        taken, self._inflight = self._inflight, None
+        return taken
+
+    def _drop_inflight(self) -> None:
+        if (dropped := self.take_inflight()) is not None:
+            dropped.close()
 
     def _set_up(self, queue: Queue) -> None:
         tell, index = self.dialogue.tell, queue.index
@@ -272,6 +334,7 @@ class HostDevice:
                 self.dialogue.fail(wrong)
                 raise wrong
             queue.base = answer.num
+        self._drop_inflight()
         self._queues = ()
         self.life = Life.REALIZED
 
@@ -285,63 +348,24 @@ class HostDevice:
             self.dialogue.tell(Req.RESET_DEVICE)
         self.dialogue.settle()
 
-    def close(self) -> None:
-        """Unrealize: hang up and give everything back. Does not stop the rings: call `stop` before. Idempotent."""
+    def close(self, *, wait: bool = True) -> None:
+        """Unrealize: hang up and give everything back. Does not stop the rings: call `stop` before. Idempotent.
+
+        Waits for a listener that hears of the configuration now; without ``wait`` it may go on for a while.
+        """
         self.life = Life.CLOSED
         self.dialogue.close()
-        channel, self._channel = self._channel, None
-        if channel is not None:
-            channel.close()
+        if self._channel is not None:
+            self._channel.close(wait=wait)
+        self._drop_inflight()
         self._queues = ()
         self._memory = None
 
-    def read_config(self, offset: int, size: int, *, flags: int = 0) -> bytes:
-        """GET_CONFIG: ``size`` bytes of the configuration space from ``offset`` on. Any thread.
-
-        Raises `BackendRefused` when the back-end says that it has none there.
-        """
-        answer = self.dialogue.ask(Req.GET_CONFIG, Config(offset, size, flags, bytes(size))).payload
-        if not isinstance(answer, Config) or (answer.size == 0 and size):
-            raise BackendRefused(f"GET_CONFIG of {size} bytes at {offset}")
-        return answer.data
-
-    def write_config(self, offset: int, data: bytes, *, flags: int = 0) -> None:
-        """SET_CONFIG: write ``data`` at ``offset``; ``flags`` 0 is a write of the driver, 1 of a migration. Any thread.
-
-        Raises `ConfigRefused` when the back-end says no; one that does not acknowledge messages cannot.
-        """
-        try:
-            self.dialogue.tell(Req.SET_CONFIG, Config(offset, len(data), flags, data))
-        except BackendRefused as error:
-            raise ConfigRefused(f"the back-end refused {len(data)} bytes at {offset} of its configuration") from error
-        self.dialogue.settle()
-
-    def watch_config(self, size: int, listener: ConfigListener) -> bytes:
-        """Return the first ``size`` bytes of the configuration, and call ``listener(old, new)`` when they change.
-
-        It is called on the thread of the back-end channel, or of `refresh_config`, and must not stop the device.
-        """
-        with self._config_lock:
-            self._config = self.read_config(0, size)
-            self._config_listener = listener
-            return self._config
-
-    def refresh_config(self) -> bytes:
-        """Read the watched configuration again, and tell the listener if it is another one. Any thread."""
-        with self._config_lock:
-            if self._config is None:
-                raise SetupError("no configuration is watched")
-            old, new = self._config, self.read_config(0, len(self._config))
-            self._config = new
-            if new != old and self._config_listener is not None:
-                self._config_listener(old, new)
-            return new
-
-    def _hear_config(self) -> None:
-        if self._config is not None:
-            self.refresh_config()
-
-    def _agree_on_features(self) -> None:
+    def accept_features(self) -> None:
+        """SET_FEATURES, as far as that takes. `start` does it, too; a write to the configuration may need it before."""
+        self._set_status(DeviceStatus.ACKNOWLEDGE | DeviceStatus.DRIVER)
+        features = self.features | (self.features_offered & F_PROTOCOL_FEATURES)
+        self.dialogue.tell(Req.SET_FEATURES, U64(features))
         if ProtocolFeature.STATUS not in self.protocol_features:
             return
         self._set_status(DeviceStatus.ACKNOWLEDGE | DeviceStatus.DRIVER | DeviceStatus.FEATURES_OK)

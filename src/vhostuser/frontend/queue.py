@@ -42,6 +42,12 @@ class HostQueue(Generic[D]):
         desc, avail, used = (origin + area for area in self.areas)
         return VringAddr(self.index, 0, desc, used, avail, self.memory.guest_addr + self.areas[2])
 
+    @property
+    def used_index(self) -> int:
+        """How far the back-end has answered, as the used ring says: 0 to 65535."""
+        used_idx = self.areas[2] + 2
+        return int.from_bytes(self.memory.view[used_idx : used_idx + 2], "little")
+
     def notify(self) -> None:
         """Kick the back-end."""
         os.eventfd_write(self.kick.fileno(), 1)
