@@ -44,6 +44,7 @@ class Export:
     seg_max: int | None = None
     engine: str | None = None
     inject: str | None = None
+    on_enospc: str | None = None
 
 
 class Backend(ABC):
@@ -156,6 +157,7 @@ class Ours(Backend):
             "--seg-max": export.seg_max,
             "--engine": export.engine,
             "--inject": export.inject,
+            "--on-enospc": export.on_enospc,
         }
         return words + [word for name, value in values.items() if value is not None for word in (name, str(value))]
 
@@ -168,6 +170,16 @@ class Ours(Backend):
         found = json.loads(self._ask("stats", str(self.socket), "--json"))
         assert isinstance(found, dict)
         return found
+
+    def in_flight(self) -> list[dict[str, object]]:
+        """The requests that ``vhostuser stats --inflight --json`` lists."""
+        found = json.loads(self._ask("stats", str(self.socket), "--inflight", "--json"))["requests"]
+        assert isinstance(found, list)
+        return found
+
+    def retry(self) -> str:
+        """``vhostuser retry``, and what it says."""
+        return self._ask("retry", str(self.socket))
 
     def information(self) -> dict[str, object]:
         """What ``disk.info`` says over the control socket."""
@@ -210,7 +222,7 @@ class StorageDaemon(Backend):
     def start(self) -> Child:
         """Start it and wait until its main loop answers: then the export exists."""
         export = self.export
-        for name in ("serial", "physical_block_size", "seg_max", "engine", "inject"):
+        for name in ("serial", "physical_block_size", "seg_max", "engine", "inject", "on_enospc"):
             if getattr(export, name) is not None:
                 raise NotSupportedError(f"qemu-storage-daemon has no option for {name}")
         self.socket.unlink(missing_ok=True)
