@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::mpsc::{sync_channel, Receiver};
+use std::sync::mpsc::{sync_channel, Receiver, RecvTimeoutError};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -52,6 +52,8 @@ fn refuse<T>(why: impl Into<String>) -> Result<T, QueueError> {
 
 /// How long workers may take to answer kept chains with their errors: they do it at once, when storage does not hang.
 const FAIL_KEPT_TIME: Duration = Duration::from_secs(1);
+/// How long a worker may be silent before it is interrupted.
+const SILENCE: Duration = Duration::from_millis(200);
 
 /// A ring's descriptors, all optional.
 #[derive(Debug, Default)]
@@ -85,6 +87,24 @@ struct WorkerHandle {
     mailbox: Arc<Mailbox>,
     thread: Option<JoinHandle<()>>,
     ended: Receiver<()>,
+}
+
+impl WorkerHandle {
+    /// Waits for an answer of this worker.
+    ///
+    /// It sleeps nowhere but at its wait point, with one exception: a peer that fills its own eventfd between our look
+    /// at it and our write has the write wait for as long as it likes. Who waits here ends that.
+    fn wait<T>(&self, receiver: &Receiver<T>, deadline: Instant) -> Result<T, QueueError> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match receiver.recv_timeout(left.min(SILENCE)) {
+                Ok(answer) => return Ok(answer),
+                Err(RecvTimeoutError::Disconnected) => return Err(QueueError::WorkerGone),
+                Err(RecvTimeoutError::Timeout) if left <= SILENCE => return Err(QueueError::DrainTimeout),
+                Err(RecvTimeoutError::Timeout) => self.thread.iter().for_each(thread::interrupt),
+            }
+        }
+    }
 }
 
 /// All rings of one device and the workers that serve them. One thread at a time, the session's.
@@ -174,7 +194,7 @@ impl Queues {
         self.started.get(usize::from(index)).copied().unwrap_or(false)
     }
 
-    fn place(&self, index: u16) -> Result<(&Mailbox, u16), QueueError> {
+    fn place(&self, index: u16) -> Result<(&WorkerHandle, u16), QueueError> {
         if self.closed {
             return refuse("the queues are closed");
         }
@@ -183,10 +203,10 @@ impl Queues {
         }
         let workers = self.workers.len();
         let worker = &self.workers[usize::from(index) % workers];
-        Ok((&worker.mailbox, (usize::from(index) / workers) as u16))
+        Ok((worker, (usize::from(index) / workers) as u16))
     }
 
-    fn started_place(&self, index: u16) -> Result<(&Mailbox, u16), QueueError> {
+    fn started_place(&self, index: u16) -> Result<(&WorkerHandle, u16), QueueError> {
         let place = self.place(index)?;
         if !self.started[usize::from(index)] {
             return refuse(format!("queue {index} is not started"));
@@ -209,10 +229,10 @@ impl Queues {
         }
         self.memory = memory;
         for (worker, receiver) in self.workers.iter().zip(&waits) {
-            match wait(receiver, deadline) {
+            match worker.wait(receiver, deadline) {
                 Err(QueueError::DrainTimeout) if self.stats.iter().any(|stats| stats.keeps()) => {
                     worker.mailbox.post(Command::FailKept(None));
-                    wait(receiver, deadline + FAIL_KEPT_TIME)?;
+                    worker.wait(receiver, deadline + FAIL_KEPT_TIME)?;
                 }
                 other => other?,
             }
@@ -247,19 +267,19 @@ impl Queues {
             worker.mailbox.post(Command::Log(self.log.clone(), Reply(sender)));
             waits.push(receiver);
         }
-        waits.iter().try_for_each(|receiver| wait(receiver, deadline))
+        self.workers.iter().zip(&waits).try_for_each(|(worker, receiver)| worker.wait(receiver, deadline))
     }
 
     /// Where the used ring of queue `index` is for the dirty log; `None`: it is not noted. For a ring that runs and for
     /// one that is yet to start.
     pub fn set_log_used(&mut self, index: u16, used: Option<u64>) -> Result<(), QueueError> {
-        let (mailbox, at) = self.place(index)?;
+        let (worker, at) = self.place(index)?;
         let queue = usize::from(index);
         if self.started[queue] {
             check_log(self.log.log.as_deref(), used, self.used_len[queue])?;
             let (sender, receiver) = sync_channel(1);
-            mailbox.post(Command::LogUsed(at, used, Reply(sender)));
-            wait(&receiver, Instant::now() + ANSWER_LIMIT)?;
+            worker.mailbox.post(Command::LogUsed(at, used, Reply(sender)));
+            worker.wait(&receiver, Instant::now() + ANSWER_LIMIT)?;
         }
         self.log_used[queue] = used;
         Ok(())
@@ -277,7 +297,7 @@ impl Queues {
         notifiers: Notifiers,
         inflight: Option<&InflightRegion>,
     ) -> Result<(), QueueError> {
-        let (mailbox, at) = self.place(index)?;
+        let (worker, at) = self.place(index)?;
         if self.started[usize::from(index)] {
             return refuse(format!("queue {index} is started already"));
         }
@@ -291,7 +311,7 @@ impl Queues {
         let recovered = part.map_or(Ok(false), |part| ring.track(part));
         let stats = Arc::clone(&self.stats[usize::from(index)]);
         let Notifiers { kick, call, err } = notifiers;
-        let mut served = Served {
+        let served = Served {
             index,
             ring,
             features: setup.features,
@@ -307,13 +327,7 @@ impl Queues {
             log_used,
             stats,
         };
-        match recovered {
-            Ok(false) => {}
-            // Whoever served it before may have died just before it told the driver.
-            Ok(true) => served.notify(),
-            Err(broken) => served.break_ring(broken, &self.events),
-        }
-        mailbox.post(Command::Start(at, Box::new(served)));
+        worker.mailbox.post(Command::Start(at, Box::new(served), recovered));
         self.started[usize::from(index)] = true;
         self.used_len[usize::from(index)] = used_len;
         Ok(())
@@ -330,16 +344,16 @@ impl Queues {
         timeout: Duration,
         kept_timeout: Duration,
     ) -> Result<u16, QueueError> {
-        let (mailbox, at) = self.started_place(index)?;
+        let (worker, at) = self.started_place(index)?;
         let (sender, receiver) = sync_channel(1);
         let deadline = Instant::now() + timeout;
         let kept_deadline = deadline.min(Instant::now() + kept_timeout);
-        mailbox.post(Command::Stop(at, Stopping { mode, reply: Reply(sender) }));
-        let base = match wait(&receiver, kept_deadline) {
+        worker.mailbox.post(Command::Stop(at, Stopping { mode, reply: Reply(sender) }));
+        let base = match worker.wait(&receiver, kept_deadline) {
             Err(QueueError::DrainTimeout) => {
-                mailbox.post(Command::FailKept(Some(at)));
+                worker.mailbox.post(Command::FailKept(Some(at)));
                 let grace = if self.stats[usize::from(index)].keeps() { FAIL_KEPT_TIME } else { Duration::ZERO };
-                wait(&receiver, deadline.max(kept_deadline + grace))?
+                worker.wait(&receiver, deadline.max(kept_deadline + grace))?
             }
             other => other?,
         };
@@ -349,10 +363,10 @@ impl Queues {
 
     /// Lets a ring run or rest; waits for the worker to have heard it, not for operations.
     pub fn enable(&mut self, index: u16, enabled: bool) -> Result<(), QueueError> {
-        let (mailbox, at) = self.started_place(index)?;
+        let (worker, at) = self.started_place(index)?;
         let (sender, receiver) = sync_channel(1);
-        mailbox.post(Command::Enable(at, enabled, Reply(sender)));
-        wait(&receiver, Instant::now() + ANSWER_LIMIT)
+        worker.mailbox.post(Command::Enable(at, enabled, Reply(sender)));
+        worker.wait(&receiver, Instant::now() + ANSWER_LIMIT)
     }
 
     /// Replaces a descriptor of a started ring, without waiting.
@@ -376,11 +390,11 @@ impl Queues {
         fd: Option<OwnedFd>,
         command: fn(u16, Option<OwnedFd>) -> Command,
     ) -> Result<(), QueueError> {
-        let (mailbox, at) = self.started_place(index)?;
+        let (worker, at) = self.started_place(index)?;
         if let Some(fd) = &fd {
             check_notifier(std::os::fd::AsFd::as_fd(fd))?;
         }
-        mailbox.post(command(at, fd));
+        worker.mailbox.post(command(at, fd));
         Ok(())
     }
 
@@ -389,11 +403,12 @@ impl Queues {
         self.leave();
         let deadline = Instant::now() + timeout;
         for worker in &mut self.workers {
-            if let Some(thread) = worker.thread.take() {
-                if let Err(QueueError::DrainTimeout) = wait(&worker.ended, deadline) {
-                    worker.thread = Some(thread);
+            if worker.thread.is_some() {
+                if let Err(QueueError::DrainTimeout) = worker.wait(&worker.ended, deadline) {
                     return Err(QueueError::DrainTimeout);
                 }
+            }
+            if let Some(thread) = worker.thread.take() {
                 let _ = thread.join();
             }
         }
@@ -423,14 +438,6 @@ fn check_log(log: Option<&DirtyLog>, used: Option<u64>, len: u64) -> Result<(), 
         }
         _ => Ok(()),
     }
-}
-
-fn wait<T>(receiver: &Receiver<T>, deadline: Instant) -> Result<T, QueueError> {
-    use std::sync::mpsc::RecvTimeoutError::{Disconnected, Timeout};
-    receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())).map_err(|error| match error {
-        Timeout => QueueError::DrainTimeout,
-        Disconnected => QueueError::WorkerGone,
-    })
 }
 
 fn check_notifiers(notifiers: &Notifiers) -> Result<(), QueueError> {

@@ -204,9 +204,15 @@ impl<S: Serve> Worker<S> {
     fn carry_out(&mut self) {
         for command in self.mailbox.take() {
             match command {
-                Command::Start(at, mut served) => {
+                Command::Start(at, mut served, recovered) => {
                     served.set_log(&self.log, &self.events);
                     self.serve.ring_started(at, served.facts());
+                    match recovered {
+                        Ok(false) => {}
+                        // Whoever served it before may have died just before it told the driver.
+                        Ok(true) => served.notify(),
+                        Err(broken) => served.break_ring(broken, &self.events),
+                    }
                     self.rings[usize::from(at)] = Some(*served);
                     self.watch(at);
                 }
