@@ -98,6 +98,8 @@ pub(crate) struct Host {
     fence: bool,
     /// Back-ends that were killed and may still have something in the kernel.
     dying: Vec<Backend>,
+    /// It waits for a call, and looks at nothing before that comes: a back-end that dies calls nobody.
+    asleep: bool,
 }
 
 impl Host {
@@ -126,7 +128,7 @@ impl Host {
         }
         let (disk, chance) = (Disk::new(SECTORS), Chance::new(seed));
         let dying = Vec::new();
-        Ok(Self { shape, image: image.to_owned(), lanes, disk, chance, memory, inflight, fence, dying })
+        Ok(Self { shape, image: image.to_owned(), lanes, disk, chance, memory, inflight, fence, dying, asleep: false })
     }
 
     /// Requests under way, over all rings.
@@ -272,15 +274,23 @@ impl Host {
         Ok(count)
     }
 
-    /// Sleeps until a call or the back-end's end comes; true for the end. A call that does not come although there is
-    /// an answer is a violation, and so is no answer at all.
+    /// Whether nothing may be looked at before a call comes.
+    pub(crate) fn asleep(&self) -> bool {
+        self.asleep
+    }
+
+    /// Sleeps until a call or the back-end's end comes; true for the end, through which the driver sleeps on. A call that
+    /// does not come although there is an answer is a violation, and so is no answer at all.
     pub(crate) fn wait(&mut self, backend: &Backend, timeout: Option<Duration>) -> Result<bool, Trouble> {
         const END: u32 = u32::MAX;
-        for lane in &mut self.lanes {
-            if lane.queue.enable_calls(1)? {
-                return Ok(false);
+        if !self.asleep {
+            for lane in &mut self.lanes {
+                if lane.queue.enable_calls(1)? {
+                    return Ok(false);
+                }
             }
         }
+        self.asleep = true;
         let mut polls = PollSet::default();
         polls.watch(backend.end_fd(), Some(END))?;
         for (token, lane) in (0..).zip(&self.lanes) {
@@ -292,6 +302,7 @@ impl Host {
         }
         for &token in ready.iter().filter(|token| **token != END) {
             eventfd::drain(self.lanes[token as usize].call.as_fd())?;
+            self.asleep = false;
         }
         if ready.is_empty() && timeout.is_none() {
             let late = self.reap()?;
@@ -308,9 +319,11 @@ impl Host {
     /// Lets `backend` answer all that is under way.
     pub(crate) fn finish(&mut self, backend: &mut Backend) -> Result<(), Trouble> {
         loop {
-            self.reap()?;
-            if self.outstanding() == 0 {
-                return Ok(());
+            if !self.asleep {
+                self.reap()?;
+                if self.outstanding() == 0 {
+                    return Ok(());
+                }
             }
             if self.wait(backend, None)? {
                 return violation(format!("the back-end ended by itself: {:?}", backend.wait()?));

@@ -17,7 +17,7 @@ mod run;
 mod shape;
 mod states;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -49,7 +49,8 @@ fn main() -> ExitCode {
 
 /// What both commands know from the command line.
 struct Setting {
-    image: PathBuf,
+    /// Where images are: the one that was named, or one in memory and one on a disk, for O_DIRECT.
+    images: Vec<PathBuf>,
     seed: u64,
     fence: bool,
     steps: Vec<String>,
@@ -62,12 +63,19 @@ impl Setting {
         if let Some(name) = words.unknown(&["kills", "image", "seed", "fence", "steps", "states"]) {
             return Err(format!("{name}=... is unknown"));
         }
-        let own = std::env::temp_dir().join(format!("vhostuser-kill-{}.img", std::process::id()));
-        let image = words.or("image", own.clone())?;
+        let own = format!("vhostuser-kill-{}.img", std::process::id());
+        // A flush costs nothing in memory, and the disk of a busy machine makes this ten times slower.
+        let places = [PathBuf::from("/dev/shm"), std::env::temp_dir()];
+        let made = !words.has("image");
+        let images = if made {
+            places.iter().filter(|place| place.is_dir()).map(|place| place.join(&own)).collect()
+        } else {
+            vec![words.get("image")?]
+        };
         let named = |list: &str| list.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect();
         Ok(Self {
-            made: image == own,
-            image,
+            made,
+            images,
             seed: words.or("seed", 1)?,
             fence: words.or::<u8>("fence", 1)? != 0,
             steps: named(&words.or("steps", String::new())?),
@@ -77,6 +85,11 @@ impl Setting {
 }
 
 impl Setting {
+    fn image(&self, state: &State) -> &Path {
+        let on_disk = state.shape.storage == Storage::Direct;
+        &self.images[if on_disk { self.images.len() - 1 } else { 0 }]
+    }
+
     fn states(&self) -> Vec<State> {
         states().into_iter().filter(|state| among(&self.states, state.name)).collect()
     }
@@ -90,7 +103,7 @@ impl Drop for Setting {
     fn drop(&mut self) {
         if self.made {
             // It may never have come to be.
-            let _ = std::fs::remove_file(&self.image);
+            self.images.iter().for_each(|image| drop(std::fs::remove_file(image)));
         }
     }
 }
@@ -121,7 +134,7 @@ fn table(words: &Words) -> Result<(), String> {
                 print!(" - |");
                 continue;
             }
-            let killed = run::kill_at(step, state, &setting.image, setting.seed, setting.fence)
+            let killed = run::kill_at(step, state, setting.image(state), setting.seed, setting.fence)
                 .map_err(|trouble| format!("step {step}, state {}: {}", state.name, told(trouble)))?;
             if killed == 0 {
                 return Err(format!("step {step} was never reached in state {}", state.name));
@@ -133,7 +146,7 @@ fn table(words: &Words) -> Result<(), String> {
     }
     if setting.steps.is_empty() && setting.states.is_empty() {
         for seed in 0..10 {
-            kills += run::kill_in_order(&setting.image, setting.seed + seed, setting.fence)
+            kills += run::kill_in_order(&setting.images[0], setting.seed + seed, setting.fence)
                 .map_err(|trouble| format!("order of the replay, seed {}: {}", setting.seed + seed, told(trouble)))?;
         }
         println!("\nRequests are replayed in the order in which they were made.");
@@ -150,7 +163,7 @@ fn random(words: &Words) -> Result<(), String> {
     while sum.kills < wanted {
         let state = &states[round as usize % states.len()];
         let (kills, seed) = (ROUND.min(wanted - sum.kills), setting.seed + round);
-        let tally = run::kill_at_random(kills, state, &setting.image, seed, setting.fence)
+        let tally = run::kill_at_random(kills, state, setting.image(state), seed, setting.fence)
             .map_err(|trouble| format!("state {}, seed {seed}: {}", state.name, told(trouble)))?;
         sum.kills += tally.kills;
         sum.busy += tally.busy;

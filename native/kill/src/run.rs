@@ -19,12 +19,14 @@ const AFTERWARDS: u64 = 60;
 fn drive(host: &mut Host, backend: &mut Backend, state: &State, budget: u64) -> Result<bool, Trouble> {
     let enough = host.answered() + budget;
     loop {
-        host.reap()?;
-        if host.answered() >= enough {
-            return Ok(false);
-        }
-        if !state.bursts || host.outstanding() == 0 {
-            host.fill(state.depth)?;
+        if !host.asleep() {
+            host.reap()?;
+            if host.answered() >= enough {
+                return Ok(false);
+            }
+            if !state.bursts || host.outstanding() == 0 {
+                host.fill(state.depth)?;
+            }
         }
         if host.wait(backend, None)? {
             host.killed(backend.wait()?)?;
@@ -154,8 +156,10 @@ fn spend(host: &mut Host, backend: &mut Backend, state: &State, until: Instant) 
         if left.is_zero() {
             return Ok(());
         }
-        host.reap()?;
-        host.fill(state.depth)?;
+        if !host.asleep() {
+            host.reap()?;
+            host.fill(state.depth)?;
+        }
         if host.wait(backend, Some(left))? {
             return host.killed(backend.wait()?);
         }

@@ -147,9 +147,14 @@ impl Words {
         text.parse().map_err(|_| format!("{name}={text} makes no sense"))
     }
 
+    /// Whether there is a value of `name`.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
     /// The value of `name`, or `default`.
     pub(crate) fn or<T: FromStr>(&self, name: &str, default: T) -> Result<T, String> {
-        if self.0.contains_key(name) {
+        if self.has(name) {
             self.get(name)
         } else {
             Ok(default)
