@@ -107,6 +107,14 @@ class Backend(ABC):
 class Ours(Backend):
     """``vhostuser serve``, run as a user runs it."""
 
+    def program(self) -> list[str]:
+        """The start of its command line."""
+        return program()
+
+    def connections(self) -> int:
+        """How many front-ends have connected since its first start, as its log has them."""
+        return self.log.read_bytes().count(b"a front-end connected")
+
     def start(self) -> Child:
         """Start it and wait for its ready notice."""
         return self._start()
@@ -127,7 +135,8 @@ class Ours(Backend):
         place.unlink(missing_ok=True)
         notices.bind(str(place))
         environment = {"NOTIFY_SOCKET": str(place), "PYTHONPATH": _search_path()}
-        command = [*program(), "serve", str(self.image), "--socket", str(self.socket), *self._options(), *more]
+        words = ["serve", str(self.image), "--socket", str(self.socket), *self._options(), *more]
+        command = [*self.program(), *words]
         child = Child("vhostuser serve", command, self.log, environment)
         deadline = Deadline(START_S)
         try:
@@ -205,6 +214,24 @@ class Ours(Backend):
         if done.returncode:
             raise ChildError(f"vhostuser {' '.join(words)} ended with {done.returncode}: {done.stderr}")
         return done.stdout
+
+
+class Forgetful(Ours):
+    """``vhostuser serve`` without in-flight tracking: what it had taken when it is killed, nobody knows."""
+
+    def program(self) -> list[str]:
+        """Python with the feature taken out of the offer before the command runs."""
+        return [
+            sys.executable,
+            "-c",
+            "from vhostuser.blk import BlockDevice\n"
+            "from vhostuser.protocol import ProtocolFeature\n"
+            "from vhostuser.cli.main import main\n"
+            "offer = BlockDevice.protocol_features\n"
+            "without = lambda self: offer.fget(self) & ~ProtocolFeature.INFLIGHT_SHMFD\n"
+            "BlockDevice.protocol_features = property(without)\n"
+            "main()",
+        ]
 
 
 class StorageDaemon(Backend):

@@ -7,6 +7,10 @@
  *   load --check=A[,B...] PATH       after a crash: every block belongs to its place, is whole, and is of a generation
  *                                    not below its thread's last reported round (A for the first thread, B ...), and
  *                                    not above the second round after it (its report may have been cut off)
+ *   load --against=FILE PATH         every block holds what a random load that has ended knew of it (its --model=FILE)
+ *
+ * With --read-back the random load reads each write again at once; the end of every load says how long the slowest of
+ * its operations took.
  *
  * Each thread owns a part of its own, so that many requests are in flight and no write races with another.
  * Exit status: 0 all was as it should be, 1 a block was wrong, 2 usage, 3 an I/O error that was not expected.
@@ -37,7 +41,7 @@ static const uint64_t MAGIC = 0x76686f7374757365; /* "vhostuse" */
 static const uint32_t ZEROED = 0, ANYTHING = UINT32_MAX, FIRST = 1;
 
 struct counters {
-    uint64_t writes, write_bytes, reads, read_bytes, flushes, discards, zeroes, errors, mismatches, rounds;
+    uint64_t writes, write_bytes, reads, read_bytes, flushes, discards, zeroes, errors, mismatches, rounds, unknown;
 };
 
 struct part { /* what one thread owns */
@@ -49,14 +53,15 @@ struct part { /* what one thread owns */
     uint64_t random;
     uint32_t generation;
     struct counters seen;
+    double slowest; /* seconds */
 };
 
 static struct {
-    const char *path, *report;
+    const char *path, *report, *model, *against;
     size_t block, largest;
     uint64_t offset, size, seed;
     double seconds;
-    int threads, direct, sweep, check, discard, is_device;
+    int threads, direct, sweep, check, discard, is_device, read_back;
     enum on_error on_error;
     uint64_t floors[THREADS_MAX];
 } options = {.block = 512, .largest = 1 << 20, .threads = 4, .seed = 1, .seconds = 1e9, .report = "/dev/kmsg"};
@@ -129,8 +134,15 @@ static void mismatch(struct part *part, uint64_t number, const char *wanted, uin
                (unsigned long long)words[0], (unsigned long long)words[1], (unsigned long long)words[2]);
 }
 
+static void took(struct part *part, double since) {
+    double seconds = now() - since;
+    if (seconds > part->slowest)
+        part->slowest = seconds;
+}
+
 /* Moves `length` bytes at `offset`; returns 0, or -1 with errno when that cannot be done. */
 static int move(struct part *part, int writing, uint64_t offset, size_t length) {
+    double start = now();
     for (size_t done = 0; done < length;) {
         ssize_t moved = writing ? pwrite(part->fd, part->buffer + done, length - done, options.offset + offset + done)
                                 : pread(part->fd, part->buffer + done, length - done, options.offset + offset + done);
@@ -142,6 +154,7 @@ static int move(struct part *part, int writing, uint64_t offset, size_t length) 
         }
         done += moved;
     }
+    took(part, start);
     return 0;
 }
 
@@ -183,14 +196,18 @@ static void verify_blocks(struct part *part, uint64_t first, uint64_t count) {
     for (uint64_t i = 0; i < count; i++) {
         const uint64_t *words = (uint64_t *)(part->buffer + i * options.block);
         uint32_t wanted = part->model[first - part->first + i];
-        if (wanted != ANYTHING && held(words, first + i) != wanted)
+        if (wanted == ANYTHING)
+            part->seen.unknown++;
+        else if (held(words, first + i) != wanted)
             mismatch(part, first + i, wanted == ZEROED ? "zeroes, generation" : "generation", wanted, words);
     }
 }
 
 static void flush(struct part *part) {
+    double start = now();
     if (fdatasync(part->fd))
         failed(part, "flush", part->first, 0, 0);
+    took(part, start);
     part->seen.flushes++;
 }
 
@@ -234,9 +251,11 @@ static void run_random(struct part *part, double end) {
         part->model[i] = ANYTHING;
     while (!atomic_load(&stop_asked) && now() < end) {
         uint64_t count, first = choose(part, &count), kind = drawn(part, 100);
-        if (kind < 50)
+        if (kind < 50) {
             write_blocks(part, first, count, part->generation++);
-        else if (kind < 92 || (!options.discard && kind < 98))
+            if (options.read_back && !atomic_load(&gone))
+                verify_blocks(part, first, count);
+        } else if (kind < 92 || (!options.discard && kind < 98))
             verify_blocks(part, first, count);
         else if (kind >= 98 || !options.discard)
             flush(part);
@@ -247,8 +266,9 @@ static void run_random(struct part *part, double end) {
 }
 
 static void report_round(const struct part *part, uint64_t round) {
-    char line[80];
-    int length = snprintf(line, sizeof line, "load: thread %d flushed round %llu\n", part->number, (unsigned long long)round);
+    char line[200];
+    int length = snprintf(line, sizeof line, "load: thread %d flushed round %llu of %s\n", part->number,
+                          (unsigned long long)round, options.path);
     int log = open(options.report, O_WRONLY | O_APPEND | O_CREAT, 0600);
     if (log < 0 || write(log, line, length) != length)
         fail(USAGE, "cannot write to %s: %s", options.report, strerror(errno));
@@ -296,7 +316,9 @@ static void run_check(struct part *part) {
 static void *run(void *argument) {
     struct part *part = argument;
     double end = now() + options.seconds;
-    if (options.check)
+    if (options.against)
+        verify_all(part);
+    else if (options.check)
         run_check(part);
     else if (options.sweep)
         run_sweep(part, end);
@@ -319,7 +341,8 @@ static void parse(int count, char **words) {
         {"block", 1, 0, 'b'},     {"largest", 1, 0, 'l'}, {"offset", 1, 0, 'o'}, {"size", 1, 0, 's'},
         {"seconds", 1, 0, 't'},   {"threads", 1, 0, 'n'}, {"seed", 1, 0, 'r'},   {"direct", 0, 0, 'd'},
         {"discard", 0, 0, 'x'},   {"sweep", 0, 0, 'w'},   {"check", 1, 0, 'c'},  {"from", 1, 0, 'f'},
-        {"on-error", 1, 0, 'e'},  {"report", 1, 0, 'p'}, {0, 0, 0, 0},
+        {"on-error", 1, 0, 'e'},  {"report", 1, 0, 'p'}, {"model", 1, 0, 'm'}, {"against", 1, 0, 'a'},
+        {"read-back", 0, 0, 'k'}, {0, 0, 0, 0},
     };
     for (int option; (option = getopt_long(count, words, "", known, NULL)) != -1;) {
         switch (option) {
@@ -334,6 +357,9 @@ static void parse(int count, char **words) {
         case 'd': options.direct = 1; break;
         case 'x': options.discard = 1; break;
         case 'w': options.sweep = 1; break;
+        case 'm': options.model = optarg; break;
+        case 'a': options.against = optarg; break;
+        case 'k': options.read_back = 1; break;
         case 'c':
             options.check = 1; /* fall through */
         case 'f':
@@ -350,7 +376,8 @@ static void parse(int count, char **words) {
     if (optind != count - 1 || options.threads < 1 || options.threads > THREADS_MAX || options.block < 512 ||
         options.block % 512 || options.largest < options.block)
         fail(USAGE, "usage: load [--block=N] [--largest=N] [--offset=N] [--size=N] [--seconds=N] [--threads=N] [--seed=N] "
-                    "[--direct] [--discard] [--on-error=fail|note|end] [--sweep [--from=A,...] [--report=FILE] | --check=A,...] PATH");
+                    "[--direct] [--discard] [--on-error=fail|note|end] [--read-back] [--model=FILE] "
+                    "[--sweep [--from=A,...] [--report=FILE] | --check=A,... | --against=FILE] PATH");
     options.path = words[optind];
 }
 
@@ -370,6 +397,19 @@ static int opened(void) {
     if (options.discard && !options.is_device)
         fail(USAGE, "%s is no block device: nothing to discard", options.path);
     return fd;
+}
+
+/* Writes the models of all parts to a file, in the order of their blocks, or reads them from it. */
+static void keep_models(struct part *parts, const char *path, int writing) {
+    FILE *file = fopen(path, writing ? "w" : "r");
+    for (int i = 0; file && i < options.threads; i++) {
+        size_t blocks = parts[i].blocks;
+        if ((writing ? fwrite(parts[i].model, sizeof(uint32_t), blocks, file)
+                     : fread(parts[i].model, sizeof(uint32_t), blocks, file)) != blocks)
+            fail(USAGE, "%s does not hold the model of %zu blocks", path, blocks * options.threads);
+    }
+    if (!file || fclose(file))
+        fail(USAGE, "cannot use %s: %s", path, strerror(errno));
 }
 
 int main(int count, char **words) {
@@ -396,22 +436,30 @@ int main(int count, char **words) {
         part->buffer = aligned_alloc(4096, (options.largest + 4095) / 4096 * 4096);
         if (!part->model || !part->buffer)
             fail(USAGE, "no memory for the model of %llu blocks", (unsigned long long)each);
-        if (pthread_create(&part->thread, NULL, run, part))
-            fail(USAGE, "cannot start a thread");
     }
+    if (options.against)
+        keep_models(parts, options.against, 0);
+    for (int i = 0; i < options.threads; i++)
+        if (pthread_create(&parts[i].thread, NULL, run, &parts[i]))
+            fail(USAGE, "cannot start a thread");
+    double slowest = 0;
     for (int i = 0; i < options.threads; i++) {
         pthread_join(parts[i].thread, NULL);
         const uint64_t *from = (const uint64_t *)&parts[i].seen;
         uint64_t *to = (uint64_t *)&sum;
         for (size_t word = 0; word < sizeof sum / sizeof *to; word++)
             to[word] += from[word];
+        if (parts[i].slowest > slowest)
+            slowest = parts[i].slowest;
     }
     close(fd);
+    if (options.model)
+        keep_models(parts, options.model, 1);
     printf("load: %s seconds=%.1f writes=%llu write_bytes=%llu reads=%llu read_bytes=%llu flushes=%llu discards=%llu "
-           "zeroes=%llu rounds=%llu errors=%llu mismatches=%llu\n",
+           "zeroes=%llu rounds=%llu unknown=%llu slowest=%.3f errors=%llu mismatches=%llu\n",
            sum.mismatches ? "WRONG" : atomic_load(&gone) ? "gone" : "ok", now() - start, (unsigned long long)sum.writes,
            (unsigned long long)sum.write_bytes, (unsigned long long)sum.reads, (unsigned long long)sum.read_bytes,
            (unsigned long long)sum.flushes, (unsigned long long)sum.discards, (unsigned long long)sum.zeroes,
-           (unsigned long long)sum.rounds, (unsigned long long)sum.errors, (unsigned long long)sum.mismatches);
+           (unsigned long long)sum.rounds, (unsigned long long)sum.unknown, slowest, (unsigned long long)sum.errors, (unsigned long long)sum.mismatches);
     return sum.mismatches ? WRONG : 0;
 }

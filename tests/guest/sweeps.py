@@ -6,11 +6,14 @@ Touches: guests, only through their shell and console.
 from __future__ import annotations
 
 import re
+import subprocess
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from .machines import Guest
+from .prepare import Machine
 
-REPORT = re.compile(r"load: thread (\d+) flushed round (\d+)")
+REPORT = re.compile(r"load: thread (\d+) flushed round (\d+) of (\S+)")
 
 
 @dataclass(slots=True)
@@ -34,8 +37,9 @@ class Sweep:
     def wait_rounds(self, guest: Guest, rounds: int, limit_s: float = 90.0) -> None:
         """Wait until the threads together have reported ``rounds`` rounds since the start, each at least one."""
         guest.run(
-            f"until [ $(dmesg | grep -c 'flushed round') -ge {rounds} ] && "
-            f"[ $(dmesg | grep -o 'thread [0-9]* flushed' | sort -u | wc -l) = {self.threads} ]; do "
+            f"said() {{ dmesg | grep 'flushed round [0-9]* of {self.device}$'; }}; "
+            f"until [ $(said | wc -l) -ge {rounds} ] && "
+            f"[ $(said | grep -o 'thread [0-9]* flushed' | sort -u | wc -l) = {self.threads} ]; do "
             f"grep status /tmp/sweep-{self.device.rpartition('/')[2]} && exit 1; usleep 50000; done",
             limit_s,
         )
@@ -50,7 +54,9 @@ class Sweep:
 
     def note(self, guest: Guest) -> None:
         """Take the reported rounds out of the guest's console."""
-        for thread, round_number in REPORT.findall(guest.console()):
+        for thread, round_number, device in REPORT.findall(guest.console()):
+            if device != self.device:
+                continue
             self.floors[int(thread)] = max(self.floors[int(thread)], int(round_number))
 
     def check(self, guest: Guest, limit_s: float = 120.0) -> str:
@@ -59,6 +65,12 @@ class Sweep:
         said = guest.run(f"load --check={self._floors()} {self.options} {self.device}", limit_s)
         assert said.startswith("load: ok"), said
         return said
+
+    def check_image(self, machine: Machine, image: Path) -> None:
+        """The same around the disk, on the host, once nobody writes any more."""
+        words = [f"--check={self._floors()}", *self.options.replace("--direct", "").split(), str(image)]
+        done = subprocess.run([str(machine.load), *words], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{image}: {done.stdout}"
 
     def _floors(self) -> str:
         return ",".join(str(floor) for floor in self.floors)

@@ -37,7 +37,7 @@ def swept(load: Path, target: Path, floors: list[int], rounds: int) -> list[int]
         process.kill()
         process.wait()
     reached = list(floors)
-    for thread, number in REPORT.findall(report.read_text()):
+    for thread, number, _ in REPORT.findall(report.read_text()):
         reached[int(thread)] = max(reached[int(thread)], int(number))
     return reached
 

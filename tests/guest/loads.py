@@ -1,0 +1,69 @@
+"""The random load in the background of a guest, and what it knew checked against the image on the host.
+
+Touches: guests through their shell, images through the load itself, run on the host.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from .machines import Guest
+from .prepare import Machine
+
+STOP_S: Final = 90.0
+TROUBLE: Final = re.compile(
+    r".*(?:I/O error|is not a head|blocked for more than|timed out|critical target|EXT4-fs error|BUG:|Oops).*"
+)
+"""What a guest's kernel says when a disk did not keep its word."""
+
+
+@dataclass(slots=True)
+class RandomLoad:
+    """Random reads and writes of one disk; every write is read back at once, and everything at the end."""
+
+    device: str  # as in vda
+    image: Path
+    threads: int = 4
+    options: str = "--largest=256K"
+
+    def start(self, guest: Guest) -> None:
+        """Begin, in the background."""
+        words = f"--direct --read-back --threads={self.threads} --model={self._path('model')} {self.options}"
+        guest.run(
+            f"rm -f {self._path('said')}; (load {words} /dev/{self.device} >{self._path('out')} 2>&1; "
+            f"echo status $? >>{self._path('out')}; mv {self._path('out')} {self._path('said')}) & "
+        )
+
+    def ended(self, guest: Guest) -> dict[str, float]:
+        """Have every load of the guest end, and return the numbers of this one; raises when it saw anything wrong."""
+        said = guest.run(
+            "for load in $(pidof load); do kill $load; done; "
+            f"until [ -e {self._path('said')} ]; do usleep 50000; done; cat {self._path('said')}",
+            STOP_S,
+        )
+        assert said.startswith("load: ok") and "status 0" in said, f"{self.device}: {said}"  # noqa: PT018
+        return {name: float(value) for name, value in re.findall(r"(\w+)=([\d.]+)", said)}
+
+    def check(self, guest: Guest, machine: Machine) -> None:
+        """Read the disk once more, in the guest and around it on the host: each block holds what the load knew."""
+        words = f"--against={self._path('model')} --threads={self.threads} {self.options}"
+        said = guest.run(f"load --direct {words} /dev/{self.device}", STOP_S)
+        assert said.startswith("load: ok"), f"{self.device}: {said}"
+        model = self.image.with_suffix(".model")
+        model.write_bytes(base64.b64decode(guest.run(f"base64 {self._path('model')}", STOP_S)))
+        command = [str(machine.load), f"--against={model}", f"--threads={self.threads}", str(self.image)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{self.image}: {done.stdout}"
+
+    def _path(self, what: str) -> str:
+        return f"/tmp/{self.device}.{what}"
+
+
+def trouble(guest: Guest) -> list[str]:
+    """The lines of the guest's kernel log, of all its boots, that a guest with a good disk does not write."""
+    return [found.group().strip() for found in TROUBLE.finditer(guest.console())]
