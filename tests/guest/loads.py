@@ -54,11 +54,19 @@ class RandomLoad:
         words = f"--against={self._path('model')} --threads={self.threads} {self.options}"
         said = guest.run(f"load --direct {words} /dev/{self.device}", STOP_S)
         assert said.startswith("load: ok"), f"{self.device}: {said}"
-        model = self.image.with_suffix(".model")
-        model.write_bytes(base64.b64decode(guest.run(f"base64 {self._path('model')}", STOP_S)))
-        command = [str(machine.load), f"--against={model}", f"--threads={self.threads}", str(self.image)]
+        self._model().write_bytes(base64.b64decode(guest.run(f"base64 {self._path('model')}", STOP_S)))
+        self.check_image(machine)
+
+    def check_image(self, machine: Machine) -> None:
+        """The part of `check` that is done on the host; may be repeated while nobody writes to the disk."""
+        options = " ".join([f"--against={self._model()}", f"--threads={self.threads}", self.options])
+        words = [word for word in options.split() if word != "--discard"]
+        command = [str(machine.load), *words, str(self.image)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{self.image}: {done.stdout}"
+
+    def _model(self) -> Path:
+        return self.image.with_suffix(".model")
 
     def _path(self, what: str) -> str:
         return f"/tmp/{self.device}.{what}"
