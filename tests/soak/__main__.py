@@ -39,6 +39,7 @@ from vhostuser.errors import VhostUserError
 KILL_EVERY_S: Final = (2.0, 16.0)
 RESIZE_EVERY_S: Final = 9.0
 ASK_EVERY_S: Final = 1.0
+TELL_EVERY_S: Final = 60.0
 END_S: Final = 300.0
 TROUBLE: Final = re.compile(r"Traceback|panicked|broken|our own")
 Job = Callable[[threading.Event], None]
@@ -109,11 +110,15 @@ class Soak:
         self.watch.add("QEMU", lambda: self.guest.guest.process.pid if self.guest else 0, lasting=False)
         self.jobs.append(self.guest.run)
 
-    def run(self, seconds: float) -> list[str]:
-        """Until the time is over or a job failed; returns what was wrong."""
+    def run(self, seconds: float, tell: Callable[[dict[str, object]], None]) -> list[str]:
+        """Until the time is over or a job failed; returns what was wrong. ``tell`` hears now and then how it stands."""
         began = time.monotonic()
         futures = [self.pool.submit(self._guarded, job) for job in self.jobs]
-        wait(futures, seconds, FIRST_EXCEPTION)
+        while (left := began + seconds - time.monotonic()) > 0:
+            if any(future.done() for future in wait(futures, min(left, TELL_EVERY_S), FIRST_EXCEPTION).done):
+                break
+            self.counts["seconds"] = int(time.monotonic() - began)
+            tell(self.report([]))
         self.stop.set()
         wait(futures, END_S)
         self.counts["seconds"] = int(time.monotonic() - began)
@@ -207,6 +212,13 @@ def _cell(numbers: dict[str, float]) -> str:
     return " / ".join(f"{numbers.get(key, 0):.0f}" for key in ("first", "last", "max"))
 
 
+def keep(path: Path | None, report: dict[str, object]) -> None:
+    """All numbers as JSON."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def main() -> int:
     """Run, print, and return 1 when something was wrong."""
     parser = argparse.ArgumentParser(prog="soak", description=__doc__)
@@ -217,15 +229,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="vhu-") as place, ExitStack() as stack:
         soak = Soak(Path(place), stack)
         soak.build(options.seed)
-        wrong = soak.run(options.seconds)
+        wrong = soak.run(options.seconds, lambda report: keep(options.json, report))
         report = soak.report(wrong)
         if wrong:
             stack.pop_all()  # ends with this process, whatever hangs
             stack = ExitStack()
     show(report)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    keep(options.json, report)
     for line in wrong:
         print(f"soak: {line}", file=sys.stderr)
     sys.stdout.flush()
