@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.backend.frontend import USER_BASE, Frontend
 
-from vhostuser._native import Arena, LoadResult, RequestQueue, StopFlag, run_load
-from vhostuser.protocol import FrontendRequest, MemoryRegion, MemoryTable, VringAddr, VringFd, VringState
+from vhostuser._native import Arena, InflightRegion, LoadResult, RequestQueue, StopFlag, run_load
+from vhostuser.protocol import FrontendRequest, Inflight, MemoryRegion, MemoryTable, VringAddr, VringFd, VringState
 
 Req = FrontendRequest
 GIB = 1 << 30
@@ -53,10 +55,10 @@ LOADS = (
 
 
 @contextmanager
-def served(disk: str, directory: Path) -> Iterator[str]:
+def served(disk: str, directory: Path, *options: str) -> Iterator[str]:
     """`vhostuser serve` on a socket, ended afterwards."""
-    place = str(directory / "bench.sock")
-    words = [sys.executable, "-m", "vhostuser.cli.main", "serve", disk, "--socket", place, "--queues", "1"]
+    place = str(directory / f"bench{''.join(options)}.sock")
+    words = [sys.executable, "-m", "vhostuser.cli.main", "serve", disk, "--socket", place, "--queues", "1", *options]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
@@ -71,11 +73,26 @@ def served(disk: str, directory: Path) -> Iterator[str]:
         process.communicate()
 
 
-def measure(place: str, load: Load, seconds: float) -> LoadResult:
-    """Runs one load on queue 0, once what it reaches was written."""
+def track(peer: Frontend) -> InflightRegion:
+    """Has what queue 0 has in flight tracked in a region that the back-end makes."""
+    answer = peer.ask(Req.GET_INFLIGHT_FD, Inflight(0, 0, 1, QUEUE_SIZE))
+    assert isinstance(answer, Inflight)
+    (fd,) = peer.fds
+    with fd:
+        peer.do(Req.SET_INFLIGHT_FD, answer, [fd.fileno()])
+        return InflightRegion(
+            fd.fileno(), offset=answer.mmap_offset, size=answer.mmap_size, num_queues=1, queue_size=QUEUE_SIZE
+        )
+
+
+@contextmanager
+def started(place: str, *, tracked: bool = False) -> Iterator[tuple[Callable[[Load, float], LoadResult], int]]:
+    """Queue 0, once what loads reach was written: a function that runs one, and the back-end's process."""
     arena = Arena(ARENA)
     with Frontend.connect(place) as peer:
         features = peer.negotiate()
+        if tracked:
+            track(peer)
         peer.do(Req.SET_MEM_TABLE, MemoryTable((MemoryRegion(0, ARENA, USER_BASE, 0),)), [arena.fd])
         queue = RequestQueue(arena, base=0, offset=4096, size=QUEUE_SIZE, seg_max=1, features=features)
         desc, avail, used = (USER_BASE + area for area in queue.areas)
@@ -85,12 +102,19 @@ def measure(place: str, load: Load, seconds: float) -> LoadResult:
         peer.do(Req.SET_VRING_CALL, VringFd.of(0), [call])
         peer.do(Req.SET_VRING_KICK, VringFd.of(0), [kick])
         peer.do(Req.SET_VRING_ENABLE, VringState(0, 1))
+        (pid,) = struct.unpack_from("i", peer.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         try:
             run(queue, WARM_UP, kick, call, seconds=60.0, requests=SPAN // WARM_UP.block_size)
-            return run(queue, load, kick, call, seconds=seconds)
+            yield lambda load, seconds: run(queue, load, kick, call, seconds=seconds), pid
         finally:
             os.close(kick)
             os.close(call)
+
+
+def measure(place: str, load: Load, seconds: float) -> LoadResult:
+    """Runs one load on a connection of its own."""
+    with started(place) as (begin, _):
+        return begin(load, seconds)
 
 
 def run(

@@ -79,8 +79,8 @@ def kill_often(
 ) -> Tally:
     """Kill ``backend`` at ``kills`` random moments at which it serves, and some more at which it does not yet.
 
-    ``started``: only while rings run, or nobody is connected. QEMU 7.2 forgets to listen to a connection that comes
-    after one that was lost before the device was started: it connects again, and never says a word.
+    ``started``: only while rings run. QEMU 7.2 forgets to listen to a connection that comes after one that was lost
+    before the device was started: it connects again, and never says a word.
     Returns once a front-end has come back after the last one, and soon after ``stop`` was set. Raises `ChildError` when
     none comes back, or the back-end ends by itself. The back-end belongs to the calling thread: it ends when that does.
     """
@@ -89,7 +89,7 @@ def kill_often(
     seen = backend.connections() - 1
     killed = time.monotonic()
     while not stop.is_set():
-        if not tally.kills or drawn.random() >= EARLY_SHARE or tally.kills == kills:
+        if not tally.kills or started or drawn.random() >= EARLY_SHARE or tally.kills == kills:
             wait_connection(backend, seen, stop)
             if tally.kills:
                 tally.outages_s.append(time.monotonic() - killed)
@@ -101,7 +101,7 @@ def kill_often(
         pause(backend, delay)
         with ExitStack() as stack:
             regions = stack.enter_context(in_flight_of(backend))
-            while started and not regions and backend.connections() > seen and not stop.is_set():
+            while started and not regions and not stop.is_set():
                 pause(backend, POLL_S)
                 regions = stack.enter_context(in_flight_of(backend))
             backend.kill()
