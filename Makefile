@@ -7,7 +7,7 @@ export PYTHON
 
 NATIVE_SOURCES := $(shell find native \( -name target -o -name fuzz -o -name loom -o -name peers \) -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
 
-.PHONY: all help demo build format lint test test-native restarts guest interop bench docs fuzz loom sanitize oracle mutants kills packages clean
+.PHONY: all help demo build format lint test test-native restarts guest interop bench docs fuzz loom sanitize oracle mutants kills soak survival-costs packages clean
 .DELETE_ON_ERROR:
 
 all: format build lint test
@@ -31,6 +31,8 @@ help:
 	@echo 'make oracle       the native ring against a slow one in Python, millions of steps (minutes)'
 	@echo 'make mutants      plants mistakes into the ring code; the oracle has to find each (half an hour)'
 	@echo 'make kills        kills back-ends at every step and KILLS (10000) times at random, and plants mistakes (half an hour)'
+	@echo 'make soak         SOAK_SECONDS (3600) of mixed load with kills, resets and resizes; memory must stay flat'
+	@echo 'make survival-costs  what in-flight tracking and the sandbox cost, as ratios of one run (minutes, a quiet machine)'
 	@echo 'make clean        removes what the other targets made'
 
 # -- building ---------------------------------------------------------------------------------------------------------
@@ -135,6 +137,14 @@ kills: build
 	nice native/target/quick/vhostuser-kill random kills=$(KILLS)
 	nice $(BIN)/pytest -m kills tests/survival
 	nice $(BIN)/python tools/kill-mutants
+
+# Moderate: it runs beside other work. All numbers are in build/soak.json, every minute.
+SOAK_SECONDS ?= 3600
+soak: build packages
+	nice $(BIN)/python -m tests.soak --seconds $(SOAK_SECONDS) --json build/soak.json
+
+survival-costs: build
+	$(BIN)/python -m benchmarks.survival --json build/survival-costs.json
 
 # -- documentation ----------------------------------------------------------------------------------------------------
 
