@@ -77,6 +77,12 @@ class Transport:
         """Return the descriptor, to wait on; -1 once closed."""
         return self._socket.fileno()
 
+    def peer_hung_up(self) -> bool:
+        """Whether the peer has closed its end, even if there is something left to receive. Does not wait."""
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLRDHUP)
+        return bool(poll.poll(0))
+
     def receive(self, want: int, *, wait: bool = True) -> tuple[bytes, list[Fd]]:
         """Return 1 to ``want`` bytes and the descriptors that came with them; no bytes when the peer closed its end.
 

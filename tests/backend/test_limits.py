@@ -303,6 +303,7 @@ def test_a_socket_is_never_open_to_others_while_it_is_made(tmp_path: Path) -> No
     try:
         for _ in range(TIMES):
             listener: Listener = listen(str(tmp_path / "disk.sock"))
+            wait_for(lambda: bool(seen))  # the watcher's turn may be long in coming
             listener.close()
     finally:
         over.set()

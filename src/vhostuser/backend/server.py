@@ -213,6 +213,9 @@ class Server:
             log.error("%s: a connection could not be accepted: %s", self._device.name, error)
             select.select([self._wake], [], [], ACCEPT_PAUSE_S)
             return
+        if self._waiting is not None and self._waiting.peer_hung_up():
+            self._waiting.close()  # it has given up, and keeps no place from one that has not
+            self._waiting = None
         if self._session is None:
             self._begin(transport)
         elif self._session.peer_left() and self._waiting is None:

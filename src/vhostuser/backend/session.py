@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import selectors
 import threading
 from contextlib import ExitStack
@@ -128,7 +127,7 @@ class Session:
     def peer_left(self) -> bool:
         """Whether the peer has closed its end, even if the session is too busy to have seen it. Any thread."""
         with self._mailbox:
-            return not self._open or _hung_up(self._transport.fileno())
+            return not self._open or self._transport.peer_hung_up()
 
     def run(self) -> None:
         """Serve until the end, and return once every ring is stopped and everything is given back.
@@ -346,9 +345,3 @@ class Session:
             except VhostUserError as error:
                 log.error("%s: the rings do not stop: %s", self._device.name, error)
                 return
-
-
-def _hung_up(fd: int) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLRDHUP)
-    return bool(poll.poll(0))
