@@ -147,6 +147,7 @@ def test_what_is_no_memory_is_refused_and_closed(peer: Frontend, tmp_path: Path)
         for kind, fd in kinds.items():
             assert peer.tell(Req.SET_MEM_TABLE, MemoryTable((region,)), [fd]) != 0, kind
             assert peer.tell(Req.ADD_MEM_REG, SingleRegion(region), [fd]) != 0, kind
+        peer.barrier()  # what came with a message is closed after its answer
         assert num_fds() == before
     finally:
         for fd in kinds.values():
@@ -266,6 +267,7 @@ def test_a_descriptor_for_the_log_set_again_and_again_is_held_once(place: str, d
         before = num_fds()
         for _ in range(TIMES):
             peer.tell(Req.SET_LOG_FD, fds=[note])
+        peer.barrier()
         assert num_fds() <= before + 1
 
 
