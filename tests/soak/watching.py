@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import threading
@@ -118,13 +117,7 @@ class Watch:
         self.series.append(Series(name, pid, lasting))
 
     def run(self, stop: threading.Event) -> None:
-        """Sample until ``stop``.
-
-        What this process has freed is given back first: glibc keeps it, in a pool for each of many threads, and that
-        looks like growth for longer than an hour.
-        """
-        libc = ctypes.CDLL(None)
+        """Sample until ``stop``."""
         while not stop.wait(PERIOD_S):
-            libc.malloc_trim(0)
             for series in self.series:
                 series.take(time.monotonic() - self.began)
