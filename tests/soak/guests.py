@@ -70,5 +70,6 @@ class GuestLoad:
             self.counts["device_resets"] += 1
         else:
             mode = self._drawn.choice(("write back", "write through"))
-            self.guest.run(f"for disk in vda vdb; do echo {mode} >/sys/block/$disk/cache_type; done")
-            self.counts["write_cache_switches"] += 2
+            # Only of the disk that lives: QEMU 10.0 aborts when a guest does it while no back-end is connected.
+            self.guest.run(f"echo {mode} >/sys/block/vda/cache_type")
+            self.counts["write_cache_switches"] += 1
