@@ -6,6 +6,7 @@ import os
 import random
 import select
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -174,6 +175,19 @@ class Load:
             ring.driver.enable_calls()
 
 
+@contextmanager
+def one_ring(served: str) -> Iterator[tuple[Frontend, Ram, LoggedRing, int]]:
+    """A connection, its memory, one ring that runs, and the features."""
+    ram = Ram()
+    with Frontend.connect(served) as peer:
+        features = peer.negotiate(1 << 32)
+        ram.share(peer)
+        ring = LoggedRing(ram, 0, 64, features)
+        ring.start(peer)
+        yield peer, ram, ring, features
+        ring.close()
+
+
 def begin_log(peer: Frontend, rings: list[LoggedRing], log: DirtyLog, features: int) -> None:
     """As QEMU does."""
     set_log(peer, log)
@@ -230,12 +244,7 @@ def test_a_copy_made_of_logged_pages_is_guest_memory(served: str, features: int,
 
 
 def test_once_logging_ends_nothing_is_logged(served: str) -> None:
-    ram = Ram()
-    with Frontend.connect(served) as peer:
-        features = peer.negotiate(1 << 32)
-        ram.share(peer)
-        ring = LoggedRing(ram, 0, 64, features)
-        ring.start(peer)
+    with one_ring(served) as (peer, ram, ring, features):
         log = DirtyLog.create(ram.size // PAGE // 8)
         begin_log(peer, [ring], log, features)
         ring.request(GET_ID, 0, room=20)
@@ -249,16 +258,10 @@ def test_once_logging_ends_nothing_is_logged(served: str) -> None:
         ring.request(GET_ID, 0, room=20)
         ring.stop(peer)
         assert not any(log.take())
-        ring.close()
 
 
 def test_data_is_logged_by_one_feature_and_the_used_ring_by_another(served: str) -> None:
-    ram = Ram()
-    with Frontend.connect(served) as peer:
-        features = peer.negotiate(1 << 32)
-        ram.share(peer)
-        ring = LoggedRing(ram, 0, 64, features)
-        ring.start(peer)
+    with one_ring(served) as (peer, ram, ring, features):
         log = DirtyLog.create(ram.size // PAGE // 8)
         set_log(peer, log)
         ring.request(GET_ID, 0, room=20)
@@ -276,17 +279,11 @@ def test_data_is_logged_by_one_feature_and_the_used_ring_by_another(served: str)
         bits = log.take()
         assert sum(byte.bit_count() for byte in bits) == 1
         assert bits[ram.scratch // PAGE // 8]
-        ring.close()
 
 
 def test_what_the_log_has_no_bit_for_is_not_written(served: str) -> None:
     """The request is answered with an error where its status byte can be logged, and with length 0 where not."""
-    ram = Ram()
-    with Frontend.connect(served) as peer:
-        features = peer.negotiate(1 << 32)
-        ram.share(peer)
-        ring = LoggedRing(ram, 0, 64, features)
-        ring.start(peer)
+    with one_ring(served) as (peer, ram, ring, features):
         end = ram.size - (1 << 20)
         log = DirtyLog.create(end // PAGE // 8)
         begin_log(peer, [ring], log, features)
@@ -301,22 +298,15 @@ def test_what_the_log_has_no_bit_for_is_not_written(served: str) -> None:
         assert written == 0
         assert bytes(ram.view[end : end + 512]) == b"\xee" * 512
         assert bytes(ram.view[status + 1 : status + 512]) == b"\xee" * 511
-        ring.close()
 
 
 def test_a_used_ring_that_the_log_has_no_bits_for_is_refused(served: str) -> None:
-    ram = Ram()
-    with Frontend.connect(served) as peer:
-        features = peer.negotiate(1 << 32)
-        ram.share(peer)
-        ring = LoggedRing(ram, 0, 64, features)
-        ring.start(peer)
+    with one_ring(served) as (peer, ram, ring, _):
         set_log(peer, DirtyLog.create(DEVICE // PAGE // 8))
         assert peer.tell(Req.SET_VRING_ADDR, ring.log_addr(log=True)) != 0
         assert ring.request(GET_ID, 0, room=20)[0] == 0
         set_log(peer, DirtyLog.create(ram.size // PAGE // 8))
         peer.do(Req.SET_VRING_ADDR, ring.log_addr(log=True))
-        ring.close()
 
 
 def test_a_ring_that_goes_on_from_a_region_has_all_of_its_used_ring_logged(served: str) -> None:
@@ -378,12 +368,7 @@ def test_a_log_in_a_descriptor_that_is_none_ends_the_connection(served: str) -> 
 
 @pytest.mark.covers("VHOST_USER_SET_LOG_FD")
 def test_a_descriptor_is_signalled_when_something_was_logged(served: str) -> None:
-    ram = Ram()
-    with Frontend.connect(served) as peer:
-        features = peer.negotiate(1 << 32)
-        ram.share(peer)
-        ring = LoggedRing(ram, 0, 64, features)
-        ring.start(peer)
+    with one_ring(served) as (peer, ram, ring, features):
         fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         peer.do(Req.SET_LOG_FD, fds=[fd])
         ring.request(GET_ID, 0, room=20)
@@ -393,4 +378,3 @@ def test_a_descriptor_is_signalled_when_something_was_logged(served: str) -> Non
         with open(os.devnull) as useless:
             assert peer.tell(Req.SET_LOG_FD, fds=[useless.fileno()]) != 0
         os.close(fd)
-        ring.close()
