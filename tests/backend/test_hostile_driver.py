@@ -49,6 +49,8 @@ class Stage:
         features = peer.negotiate(INDIRECT_EVENT_V1 | F_PROTOCOL_FEATURES)
         self.ram = GuestRam()
         self.ram.share(peer)
+        self.own = self.ram.SCRATCH + (1 << 20)
+        """Where the hostile requests are: the witness has its own at SCRATCH."""
         self.bytes = memoryview(self.ram.arena)
         self.ram.room(4096, 4096)
         self.hostile = GuestRing(self.ram, 0, size, features)
@@ -67,8 +69,9 @@ class Stage:
 
     def request(self, kind: int, sector: int) -> int:
         """A request header in guest memory; returns where."""
-        self.store(self.ram.SCRATCH + (1 << 20), pack("<IIQ", kind, 0, sector))
-        return self.ram.SCRATCH + (1 << 20)
+        header = self.own + (1 << 16)
+        self.store(header, pack("<IIQ", kind, 0, sector))
+        return header
 
     def offer(self, heads: tuple[int, ...] = (0,), used_event: int | None = None) -> None:
         """Make heads of the hostile ring available, without the help of a driver that knows better, and kick."""
@@ -117,7 +120,7 @@ def test_an_indirect_table_in_the_ring_s_own_memory_is_read_once_and_harms_nobod
     desc, avail, used = stage.hostile.places
     header = stage.request(IN, 0)
     stage.descriptor(1, header, 16, NEXT, 1)
-    stage.descriptor(2, stage.ram.SCRATCH, 513, WRITE)
+    stage.descriptor(2, stage.own, 513, WRITE)
     for table, length in ((desc + 16, 32), (desc, 16), (avail, 32), (used, 32)):
         stage.descriptor(0, table, length, INDIRECT)
         stage.offer()
@@ -132,7 +135,7 @@ def test_an_indirect_table_in_the_ring_s_own_memory_is_read_once_and_harms_nobod
 def test_data_read_over_the_ring_itself_is_the_guest_s_own_loss(stage: Stage, place: int) -> None:
     stage.descriptor(0, stage.request(IN, 0), 16, NEXT, 1)
     stage.descriptor(1, stage.hostile.places[place] & ~511, 1024, NEXT | WRITE, 2)
-    stage.descriptor(2, stage.ram.SCRATCH, 1, WRITE)
+    stage.descriptor(2, stage.own, 1, WRITE)
     stage.offer()
     stage.offer((1,))
     stage.bear_witness()
@@ -190,7 +193,7 @@ def test_a_storm_of_kicks_without_a_chain_is_borne(stage: Stage) -> None:
             stage.bear_witness()
     assert not stage.broken()
     stage.descriptor(0, stage.request(IN, 0), 16, NEXT, 1)
-    stage.descriptor(1, stage.ram.SCRATCH, 513, WRITE)
+    stage.descriptor(1, stage.own, 513, WRITE)
     stage.offer()
     stage.settle()
     assert stage.used() == 1
@@ -198,7 +201,7 @@ def test_a_storm_of_kicks_without_a_chain_is_borne(stage: Stage) -> None:
 
 def test_a_used_event_that_never_comes_silences_only_who_asked_for_it(stage: Stage) -> None:
     stage.descriptor(0, stage.request(IN, 0), 16, NEXT, 1)
-    stage.descriptor(1, stage.ram.SCRATCH, 513, WRITE)
+    stage.descriptor(1, stage.own, 513, WRITE)
     stage.offer()
     stage.settle()
     os.eventfd_read(stage.hostile.call)
