@@ -12,6 +12,7 @@ from vhostuser.protocol import (
     BackendRequest,
     Config,
     Connection,
+    DeviceStateReply,
     FrontendRequest,
     Inflight,
     Log,
@@ -217,7 +218,7 @@ def test_the_state_descriptor_s_failure_is_in_the_low_byte() -> None:
     vector = FRONTEND_VECTORS[Req.SET_DEVICE_STATE_FD - 1]
     pair = negotiated()
     reply = pair.acknowledge(pair.ask(Message(vector.request, vector.payload, vector.fds)), 1)
-    assert reply == Reply(vector.request, U64(0x101))
+    assert reply == Reply(vector.request, DeviceStateReply(0x101))
 
 
 def test_a_config_reply_is_as_long_as_its_request() -> None:

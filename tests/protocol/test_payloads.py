@@ -11,6 +11,7 @@ from vhostuser.protocol import (
     U64,
     BackendRequest,
     Config,
+    DeviceStateReply,
     FrontendRequest,
     Inflight,
     Iotlb,
@@ -127,6 +128,9 @@ def test_ring_descriptors_say_index_and_presence() -> None:
     assert VringFd.of(7) == VringFd(7)
     assert VringFd.of(7, no_fd=True) == VringFd(0x107)
     assert (VringFd(0x1FF).index, VringFd(0x1FF).no_fd) == (255, True)
+    assert (DeviceStateReply.of(), DeviceStateReply.of(5)) == (DeviceStateReply(0x100), DeviceStateReply(0x105))
+    assert [DeviceStateReply.of(code).error for code in (0, 7, 1000)] == [0, 7, 255]
+    assert [DeviceStateReply(value).no_fd for value in (0, 1, 0x100, 0x101)] == [False, True, True, True]
     assert (VringArea(0x102, 0, 0).index, VringArea(0x102, 0, 0).no_fd) == (2, True)
 
 

@@ -16,6 +16,7 @@ from vhostuser.protocol import (
     U64,
     BackendRequest,
     Config,
+    DeviceStateReply,
     Fds,
     FrontendRequest,
     Inflight,
@@ -411,6 +412,8 @@ def test_an_acknowledgement_code_has_64_bits(code: int) -> None:
 def test_descriptor_counts_follow_the_payload() -> None:
     assert Fds.ONE_PER_REGION.accepted(MemoryTable((R0, R1))) == (2, 2)
     assert Fds.UNLESS_NO_FD.accepted(VringFd(0x100)) == (0, 0)
+    assert Fds.UNLESS_NO_FD.accepted(DeviceStateReply(0)) == (1, 1)
+    assert Fds.UNLESS_NO_FD.accepted(DeviceStateReply(5)) == (0, 0)
     assert Fds.UNLESS_EMPTY.accepted(Inflight(1, 0, 0, 0)) == (1, 1)
     assert Fds.ONE_PER_REGION.accepted(Nothing()) == (0, 0)
     assert Fds.ANY.accepted(Nothing()) == (0, MAX_FDS)

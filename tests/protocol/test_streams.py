@@ -17,6 +17,7 @@ from vhostuser.protocol import (
     BackendRequest,
     Config,
     Connection,
+    DeviceStateReply,
     FrontendRequest,
     Inflight,
     MemoryRegion,
@@ -91,6 +92,8 @@ def plausible(event: Message[str], reply: type[Payload]) -> Payload:
     """A reply that may be sent."""
     if reply is U64:
         return U64(EVERY_BIT if event.request == FrontendRequest.GET_FEATURES else 0)
+    if reply is DeviceStateReply:
+        return DeviceStateReply.of()
     if reply is ShmemConfig:
         return ShmemConfig.of(())
     if reply is Inflight:

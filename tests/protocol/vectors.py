@@ -18,6 +18,7 @@ from vhostuser.protocol import (
     BackendRequest,
     Config,
     DeviceStateParams,
+    DeviceStateReply,
     FrontendRequest,
     Inflight,
     Iotlb,
@@ -196,8 +197,8 @@ FRONTEND_VECTORS: tuple[Vector, ...] = (
     ),
     Vector(
         Req.SET_DEVICE_STATE_FD, "01000000 00000000", DeviceStateParams(1, 0),
-        "SET_DEVICE_STATE_FD direction=LOAD phase=0 1 fd", ("state",),
-        "0001000000000000", U64(0x100), "reply SET_DEVICE_STATE_FD ok no_fd",
+        "SET_DEVICE_STATE_FD direction=LOAD phase=STOPPED 1 fd", ("state",),
+        "0001000000000000", DeviceStateReply(0x100), "reply SET_DEVICE_STATE_FD ok no_fd",
     ),
     Vector(
         Req.CHECK_DEVICE_STATE, "", Nothing(), "CHECK_DEVICE_STATE", (),

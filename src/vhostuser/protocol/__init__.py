@@ -1,6 +1,7 @@
 """The vhost-user specification as data: messages, rules, and the state of one connection. Touches nothing."""
 
 from vhostuser.protocol.connection import Connection, Role
+from vhostuser.protocol.device_state import DeviceStateParams, DeviceStateReply, Direction, Phase
 from vhostuser.protocol.ids import (
     F_ACCESS_PLATFORM,
     F_LOG_ALL,
@@ -17,8 +18,6 @@ from vhostuser.protocol.messages import Message, Refused, Reply, name_of
 from vhostuser.protocol.payloads import (
     U64,
     Config,
-    DeviceStateParams,
-    Direction,
     Inflight,
     Iotlb,
     IotlbPerm,
@@ -60,6 +59,7 @@ __all__ = [
     "Config",
     "Connection",
     "DeviceStateParams",
+    "DeviceStateReply",
     "Direction",
     "Fds",
     "FrontendRequest",
@@ -73,6 +73,7 @@ __all__ = [
     "Message",
     "Nothing",
     "Payload",
+    "Phase",
     "ProtocolFeature",
     "Raw",
     "Refused",

@@ -306,23 +306,6 @@ class SharedObject(Fixed):
         return Fixed.pack(self)
 
 
-class Direction(IntEnum):
-    """Which way the device state of `DeviceStateParams` goes."""
-
-    SAVE = 0
-    LOAD = 1
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceStateParams(Fixed):
-    """How the device state is to be moved (vhost-user: Device state transfer parameters)."""
-
-    LAYOUT: ClassVar[Struct] = Struct("=II")
-
-    direction: int  # Direction
-    phase: int  # 0: all rings stopped
-
-
 class ShmemFlag(IntFlag):
     """Flags of `ShmemMmap`."""
 

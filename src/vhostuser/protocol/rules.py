@@ -7,6 +7,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from enum import Enum, auto
 from typing import Final, TypeVar
 
+from vhostuser.protocol.device_state import DeviceStateParams, DeviceStateReply, Direction, Phase
 from vhostuser.protocol.ids import (
     F_ACCESS_PLATFORM,
     F_PROTOCOL_FEATURES,
@@ -19,7 +20,6 @@ from vhostuser.protocol.layout import Payload, Violation
 from vhostuser.protocol.payloads import (
     U64,
     Config,
-    DeviceStateParams,
     Inflight,
     Iotlb,
     IotlbType,
@@ -67,7 +67,7 @@ class Fds(Enum):
                 return 0, MAX_FDS
             case Fds.ONE_PER_REGION, MemoryTable(regions):
                 return len(regions), len(regions)
-            case Fds.UNLESS_NO_FD, VringFd(no_fd=no_fd) | VringArea(no_fd=no_fd):
+            case Fds.UNLESS_NO_FD, VringFd(no_fd=no_fd) | VringArea(no_fd=no_fd) | DeviceStateReply(no_fd=no_fd):
                 return (0, 0) if no_fd else (1, 1)
             case Fds.UNLESS_EMPTY, Inflight(mmap_size=mmap_size):
                 return (1, 1) if mmap_size else (0, 0)
@@ -226,12 +226,12 @@ FRONTEND_RULES: Final[Mapping[FrontendRequest, Rule]] = {
     ),  # QEMU says that the UUID has no bytes
     _Req.SET_DEVICE_STATE_FD: Rule(
         DeviceStateParams,
-        reply=U64,
+        reply=DeviceStateReply,
         fds=Fds.ONE,
-        reply_fds=Fds.AT_MOST_ONE,
+        reply_fds=Fds.UNLESS_NO_FD,
         needs=_Feature.DEVICE_STATE,
-        values={"direction": range(2), "phase": (0,)},
-        failure=lambda code: U64(0x100 | min(code, 0xFF)),
+        values={"direction": tuple(Direction), "phase": tuple(Phase)},
+        failure=DeviceStateReply.of,
     ),
     _Req.CHECK_DEVICE_STATE: Rule(reply=U64, needs=_Feature.DEVICE_STATE, failure=U64),
     _Req.GET_SHMEM_CONFIG: Rule(reply=ShmemConfig, needs=_Feature.SHMEM),

@@ -7,6 +7,7 @@ from dataclasses import fields
 from enum import IntEnum, IntFlag
 from typing import Final
 
+from vhostuser.protocol.device_state import DeviceStateParams, DeviceStateReply, Direction, Phase
 from vhostuser.protocol.ids import F_LOG_ALL, F_PROTOCOL_FEATURES, BackendRequest, FrontendRequest, ProtocolFeature
 from vhostuser.protocol.layout import Payload
 from vhostuser.protocol.messages import Message, Refused, Reply, name_of
@@ -15,8 +16,6 @@ from vhostuser.protocol.payloads import (
     NO_FD,
     U64,
     Config,
-    DeviceStateParams,
-    Direction,
     Iotlb,
     IotlbPerm,
     IotlbType,
@@ -46,10 +45,11 @@ _NAMED: Final[Mapping[tuple[type[Payload], str], type[IntEnum] | type[IntFlag]]]
     (Iotlb, "perm"): IotlbPerm,
     (Iotlb, "type"): IotlbType,
     (DeviceStateParams, "direction"): Direction,
+    (DeviceStateParams, "phase"): Phase,
     (ShmemMmap, "flags"): ShmemFlag,
     (XenMemoryRegion, "xen_flags"): XenFlag,
 }
-_DECIMAL: Final = frozenset({"index", "num", "num_queues", "queue_size", "domid", "shmid", "phase", "nregions"})
+_DECIMAL: Final = frozenset({"index", "num", "num_queues", "queue_size", "domid", "shmid", "nregions"})
 _COUNTS: Final = frozenset(
     {FrontendRequest.GET_QUEUE_NUM, FrontendRequest.GET_MAX_MEM_SLOTS, FrontendRequest.NET_SET_MTU}
 )
@@ -66,9 +66,8 @@ def describe(event: Message[object] | Reply[object] | Refused, device: type[IntF
         return f"refused {name} of {event.size} bytes{asked}: {event.reason}"
     if isinstance(event, Reply) and event.ack:
         return f"ack {name} {_result(event.payload)}"
-    replied = isinstance(event, Reply)
-    words = ["reply", name] if replied else [name]
-    words += _payload(event.request, event.payload, replied, device)
+    words = ["reply", name] if isinstance(event, Reply) else [name]
+    words += _payload(event.request, event.payload, device)
     if event.fds:
         words.append(f"{len(event.fds)} fd{'s' if len(event.fds) > 1 else ''}")
     if isinstance(event, Message) and event.need_reply:
@@ -76,10 +75,12 @@ def describe(event: Message[object] | Reply[object] | Refused, device: type[IntF
     return " ".join(words)
 
 
-def _payload(request: int, payload: Payload, replied: bool, device: type[IntFlag] | None) -> list[str]:
+def _payload(request: int, payload: Payload, device: type[IntFlag] | None) -> list[str]:
     match payload:
+        case DeviceStateReply():
+            return [_result(U64(payload.error)), *(["no_fd"] if payload.value & NO_FD else [])]
         case U64(value):
-            return [_number(request, value, replied, device)]
+            return [_number(request, value, device)]
         case VringFd() | VringArea():
             words = [f"index={payload.index}", *(["no_fd"] if payload.no_fd else [])]
             return words + (_fields(payload)[1:] if isinstance(payload, VringArea) else [])
@@ -98,7 +99,7 @@ def _payload(request: int, payload: Payload, replied: bool, device: type[IntFlag
     return _fields(payload)
 
 
-def _number(request: int, value: int, replied: bool, device: type[IntFlag] | None) -> str:
+def _number(request: int, value: int, device: type[IntFlag] | None) -> str:
     """Render a `U64`, whose meaning depends on the request."""
     match request:
         case BackendRequest():
@@ -111,8 +112,6 @@ def _number(request: int, value: int, replied: bool, device: type[IntFlag] | Non
             return f"{value:#x} ({_flag_names(DeviceStatus, value)})"
         case FrontendRequest.SEND_RARP:
             return f"mac={U64(value).pack()[:6].hex(':')}"
-        case FrontendRequest.SET_DEVICE_STATE_FD if replied:
-            return f"{_result(U64(value & 0xFF))}{' no_fd' if value & NO_FD else ''}"
     if request in _RESULTS:
         return _result(U64(value))
     return str(value) if request in _COUNTS else f"{value:#x}"
