@@ -75,8 +75,9 @@ class InflightRegion:
 
     def __new__(cls, fd: int, *, offset: int, size: int, num_queues: int, queue_size: int) -> Self: ...
     @staticmethod
-    def create(num_queues: int, queue_size: int) -> InflightRegion:
-        """A region of zeroes in a sealed memfd of its own: version 0, which says that nobody has used it."""
+    def create(num_queues: int, queue_size: int, *, spare: int = 0) -> InflightRegion:
+        """A region of zeroes in a sealed memfd of its own: version 0, which says that nobody has used it. The file has
+        `spare` bytes more, right behind the region."""
 
     @property
     def fd(self) -> int:

@@ -12,6 +12,7 @@ from tests.backend.inflight import Part, stride
 
 from vhostuser._native import InflightRegion
 from vhostuser.backend import Server
+from vhostuser.backend.inflight import KEEPSAKE_BYTES
 from vhostuser.blk import BlockDevice
 from vhostuser.disks import FileDisk
 from vhostuser.protocol import FrontendRequest, Inflight, ProtocolFeature, VringState
@@ -82,10 +83,11 @@ def test_a_front_end_gets_a_region_of_zeroes_for_the_queues_it_names(served: tup
     with Frontend.connect(served[0]) as peer:
         peer.negotiate()
         answer = peer.ask(Req.GET_INFLIGHT_FD, Inflight(0, 0, 2, 128))
-        assert answer == Inflight(2 * stride(128), 0, 2, 128)
+        size = 2 * stride(128) + KEEPSAKE_BYTES
+        assert answer == Inflight(size, 0, 2, 128)
         (fd,) = peer.fds
         with fd:
-            assert os.pread(fd.fileno(), 1 << 20, 0) == bytes(2 * stride(128))
+            assert os.pread(fd.fileno(), 1 << 20, 0) == bytes(size)
 
 
 @pytest.mark.parametrize(("num_queues", "queue_size"), [(3, 128), (0, 128), (1, 0), (1, 32769), (1, 65535)])

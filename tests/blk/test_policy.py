@@ -15,12 +15,12 @@ import pytest
 from tests.backend.frontend import INDIRECT_EVENT_V1, WAIT_S, Frontend, GuestRam, GuestRing
 from tests.backend.inflight import Part
 
-from vhostuser._native import InflightRegion
+from vhostuser._native import DirtyLog, InflightRegion
 from vhostuser.backend import Server
 from vhostuser.blk import BlockDevice, ErrorAction, ErrorPolicy, RateLimit
 from vhostuser.disks import Disk, Faults, FaultyDisk, FileDisk, MemoryDisk
 from vhostuser.errors import UsageError
-from vhostuser.protocol import FrontendRequest, Inflight
+from vhostuser.protocol import F_LOG_ALL, F_PROTOCOL_FEATURES, U64, FrontendRequest, Inflight, Log
 from vhostuser.transport import Transport, listen
 
 Req = FrontendRequest
@@ -193,6 +193,27 @@ def test_who_changes_memory_gets_an_answer_and_the_ring_goes_on(make: Make, serv
     guest.send(4)
     guest.ring.wait()
     assert guest.status(4) == OK
+
+
+def test_who_begins_a_log_that_lacks_bits_gets_an_answer_and_the_ring_goes_on(
+    make: Make, serve: Serve, guest: Guest
+) -> None:
+    device = make(ONCE_FULL, HOLD)
+    peer = serve(device)
+    guest.begin(peer)
+    guest.send(3)
+    until("the write is held", lambda: held(device) == 1)
+    log = DirtyLog.create(guest.ram.size // 4096 // 8 // 2)
+    assert peer.ask(Req.SET_LOG_BASE, Log(log.size, 0), [log.fd]) == Log(log.size, 0)
+    assert held(device) == 1
+    peer.do(Req.SET_FEATURES, U64(INDIRECT_EVENT_V1 | F_PROTOCOL_FEATURES | F_LOG_ALL))
+    guest.ring.wait()
+    assert guest.status(3) == IOERR
+    assert not any(log.take()), "it was taken when nothing was logged"
+    guest.send(4)
+    guest.ring.wait()
+    assert guest.status(4) == OK
+    assert any(log.take())
 
 
 @pytest.mark.parametrize("errors", [HOLD, RETRY], ids=["hold", "retry"])

@@ -10,6 +10,8 @@ from tests.guest.backends import Ours
 from tests.guest.conftest import Boot, Serve
 from tests.guest.machines import Disk, Guest
 
+from vhostuser.control import ControlClient
+
 pytestmark = pytest.mark.guest
 
 TIMES = 5
@@ -64,3 +66,29 @@ def test_restarts_under_load_are_not_noticed(serve: Serve, boot: Boot, image: Pa
         backend.restart()
     wait_for_work(guest)
     check_work(guest)
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_a_write_cache_that_the_guest_switched_off_stays_off(serve: Serve, boot: Boot, image: Path, how: str) -> None:
+    """The guest sends no flush any more, and its hypervisor does not repeat the byte to the successor."""
+    backend = serve(image, queues=1)
+    if not isinstance(backend, Ours):
+        pytest.skip("only our back-end keeps it")
+    guest = boot(Disk(backend.socket, reconnect=True))
+    guest.run("echo 'write through' >/sys/block/vda/cache_type")
+    assert not writeback(backend)
+    if how == "killed":
+        backend.kill()
+    else:
+        backend.stop()
+    backend.restart()
+    guest.run("dd if=/dev/zero of=/dev/vda bs=4096 count=1 oflag=direct")
+    assert not writeback(backend)
+    assert guest.run("cat /sys/block/vda/cache_type").strip() == "write through"
+    guest.run("echo 'write back' >/sys/block/vda/cache_type")
+    assert writeback(backend)
+
+
+def writeback(backend: Ours) -> object:
+    with ControlClient(f"{backend.socket}.ctl") as control:
+        return control.call("disk.info")["writeback"]

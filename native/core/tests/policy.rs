@@ -253,7 +253,7 @@ fn a_held_request_stays_in_the_region_and_a_successor_completes_it_once() {
         [HOLD, RETRY].into_iter().flat_map(|policy| each_engine(full(1)).into_iter().map(move |spec| (policy, spec)))
     {
         let mut host = Host::keeping(&spec, 1, 1, policy);
-        let region = InflightRegion::create(Format::Split, 1, 16).unwrap();
+        let region = InflightRegion::create(Format::Split, 1, 16, 0).unwrap();
         let mut driver = host.unstarted(0, 16, FEATURES);
         let start = |host: &mut Host, driver: &Driver| {
             let notifiers = Notifiers {

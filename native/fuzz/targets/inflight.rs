@@ -299,7 +299,7 @@ impl Play<'_> {
 }
 
 fn fresh() -> (Guest, InflightRegion, Arc<Mapping>) {
-    let region = InflightRegion::create(Format::Split, QUEUES, LARGEST).expect("a region");
+    let region = InflightRegion::create(Format::Split, QUEUES, LARGEST, 0).expect("a region");
     let bytes = Mapping::of_file(region.file(), 0, region.size()).expect("a mapping");
     (Guest::default(), region, bytes)
 }

@@ -108,7 +108,7 @@ impl Host {
         make_image(image, SECTORS * UNIT)?;
         let memory = memfd::sealed(c"kill-memory", shape.len().next_multiple_of(4096) as u64, false)?;
         let map = Mapping::of_file(memory.as_fd(), 0, shape.len() as u64)?;
-        let inflight = InflightRegion::create(Format::Split, shape.queues, shape.size)
+        let inflight = InflightRegion::create(Format::Split, shape.queues, shape.size, 0)
             .map_err(|error| io::Error::other(error.to_string()))?;
         process::inherit(memory.as_raw_fd())?;
         process::inherit(inflight.file().as_raw_fd())?;

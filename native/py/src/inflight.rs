@@ -22,8 +22,9 @@ impl InflightRegion {
     }
 
     #[staticmethod]
-    fn create(num_queues: u16, queue_size: u16) -> Fallible<Self> {
-        Ok(Self(core::InflightRegion::create(Format::Split, num_queues, queue_size)?))
+    #[pyo3(signature = (num_queues, queue_size, *, spare = 0))]
+    fn create(num_queues: u16, queue_size: u16, spare: u16) -> Fallible<Self> {
+        Ok(Self(core::InflightRegion::create(Format::Split, num_queues, queue_size, spare)?))
     }
 
     #[getter]

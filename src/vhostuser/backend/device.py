@@ -121,6 +121,18 @@ class Device(ABC):
     def status_changed(self, status: int) -> None:  # noqa: B027
         """The driver set the virtio device status to ``status``, which is not 0."""
 
+    def keepsake(self) -> bytes:
+        """What of the driver's choices nobody will repeat to a successor, at most 48 bytes; empty: nothing.
+
+        Kept with the requests in flight, where a front-end has a region for those, and given to `recall` of the device
+        that goes on there.
+        """
+        return b""
+
+    def recall(self, keepsake: bytes) -> None:  # noqa: B027
+        """Take over what `keepsake` of a predecessor of the same type said. All rings are stopped. What makes no sense
+        is ignored: a front-end may have written it."""
+
     def reset(self) -> None:  # noqa: B027
         """Return to the initial state: the driver reset the device, or its connection ended. All rings are stopped."""
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from vhostuser.backend.device import SESSION_FEATURES, ConfigNotice, Device
 from vhostuser.backend.hints import SHARE_HINT, SharingCheck
-from vhostuser.backend.inflight import make_region, take_region
+from vhostuser.backend.inflight import Keepsake, make_region, take_region
 from vhostuser.backend.news import News
 from vhostuser.backend.reports import report
 from vhostuser.backend.ring_messages import obey_ring_message
@@ -95,6 +95,7 @@ class Session:
         self._stopping = False
         self._resting = False
         self._status = 0
+        self._keepsake: Keepsake | None = None
         self._open = True
 
     @property
@@ -235,6 +236,9 @@ class Session:
                 return U64(device.num_queues)
             case Message(Req.SET_INFLIGHT_FD, Inflight() as told, (fd,)):
                 rings.inflight = take_region(device, told, fd)
+                self._keepsake = Keepsake(device, rings.inflight, told)
+                self._keepsake.recall()
+                self._keepsake.keep()
             case Message(Req.SET_BACKEND_REQ_FD, _, (fd,)):
                 self._news.open(fd.duplicate())
             case Message(Req.GET_CONFIG, Config(offset, size, flags)):
@@ -242,6 +246,7 @@ class Session:
                 return Config(offset, size, flags, device.read_config(offset, size).ljust(size, b"\0"))
             case Message(Req.SET_CONFIG, Config(offset, _, flags, data)):
                 device.write_config(offset, data, flags)
+                self._keep()
             case Message(Req.RESET_DEVICE):
                 self._reset()
             case Message(Req.GET_STATUS):
@@ -269,8 +274,13 @@ class Session:
             self._device.status_changed(status)
         self._status = status
 
+    def _keep(self) -> None:
+        if self._keepsake is not None:
+            self._keepsake.keep()
+
     def _reset(self) -> None:
         self._rings.reset()
+        self._keepsake = None
         self._device.reset()
         self._status = 0
 

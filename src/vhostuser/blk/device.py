@@ -202,6 +202,18 @@ class BlockDevice(Device):
         self._acked = None
         self._wanted_writeback = self._wanted_writeback and self._default_writeback
 
+    def keepsake(self) -> bytes:
+        """The byte ``writeback``: a driver that believes its write cache off sends no FLUSH, to a successor neither."""
+        return bytes([self._wanted_writeback])
+
+    def recall(self, keepsake: bytes) -> None:
+        """Go on without the write cache where the predecessor had none."""
+        if keepsake != b"\0":
+            return
+        self._wanted_writeback = False
+        if self._acked is not None:
+            self.features_acked(self._acked)
+
     def resize(self, size: int) -> ConfigNotice:
         """Make the disk ``size`` bytes large, storage included, and tell the guest. Any thread; may wait for storage.
 

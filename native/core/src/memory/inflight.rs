@@ -136,10 +136,10 @@ pub struct InflightRegion {
 }
 
 impl InflightRegion {
-    /// A fresh region of zeroes, in a file that nobody can make shorter.
-    pub fn create(format: Format, num_queues: u16, queue_size: u16) -> Result<Self, InflightError> {
+    /// A fresh region of zeroes, in a file that nobody can make shorter. `spare` bytes of the file are left behind it.
+    pub fn create(format: Format, num_queues: u16, queue_size: u16, spare: u16) -> Result<Self, InflightError> {
         let size = size_of(format, num_queues, queue_size)?;
-        let file: OwnedFd = memfd::sealed(c"vhostuser-inflight", size, false)?;
+        let file: OwnedFd = memfd::sealed(c"vhostuser-inflight", size + u64::from(spare), false)?;
         Self::map(file.as_fd(), 0, size, format, num_queues, queue_size)
     }
 

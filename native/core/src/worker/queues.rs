@@ -228,7 +228,12 @@ impl Queues {
             waits.push(receiver);
         }
         self.memory = memory;
-        for (worker, receiver) in self.workers.iter().zip(&waits) {
+        self.wait_for_storage(&waits, deadline)
+    }
+
+    /// Waits until every worker has answered, and for chains that are kept until `deadline` only.
+    fn wait_for_storage(&self, waits: &[Receiver<()>], deadline: Instant) -> Result<(), QueueError> {
+        for (worker, receiver) in self.workers.iter().zip(waits) {
             match worker.wait(receiver, deadline) {
                 Err(QueueError::DrainTimeout) if self.stats.iter().any(|stats| stats.keeps()) => {
                     worker.mailbox.post(Command::FailKept(None));
@@ -242,7 +247,8 @@ impl Queues {
 
     /// Notes what the device writes in `log` from now on: data and status bytes where `data` says so, used rings where
     /// `set_log_used` has told their guest addresses. When this returns nothing more goes into the log before.
-    /// `notify` is signalled after something was noted.
+    /// `notify` is signalled after something was noted. Waits, as `set_memory` does, where `log` has no bits for pages
+    /// that storage may write.
     pub fn set_log(
         &mut self,
         log: Option<Arc<DirtyLog>>,
@@ -267,7 +273,7 @@ impl Queues {
             worker.mailbox.post(Command::Log(self.log.clone(), Reply(sender)));
             waits.push(receiver);
         }
-        self.workers.iter().zip(&waits).try_for_each(|(worker, receiver)| worker.wait(receiver, deadline))
+        self.wait_for_storage(&waits, deadline)
     }
 
     /// Where the used ring of queue `index` is for the dirty log; `None`: it is not noted. For a ring that runs and for

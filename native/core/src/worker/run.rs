@@ -35,7 +35,7 @@ pub(super) struct Worker<S> {
     poisonings: u64,
     memory_lost: bool,
     leaving: bool,
-    /// Whoever waits for a change of memory has waited long enough for chains that storage failed.
+    /// Whoever waits for another memory or log has waited long enough for chains that storage failed.
     impatient: bool,
     chain: Chain,
     finished: Vec<Finished>,
@@ -247,7 +247,7 @@ impl<S: Serve> Worker<S> {
                     }
                 }
                 Command::Memory(memory, reply) => self.next_memory = Some((memory, reply)),
-                Command::FailKept(None) => self.impatient = self.next_memory.is_some(),
+                Command::FailKept(None) => self.impatient = self.waits_for_storage(),
                 Command::FailKept(Some(at)) => {
                     if let Some(served) = &mut self.rings[usize::from(at)] {
                         served.impatient = served.stopping.is_some();
@@ -307,7 +307,7 @@ impl<S: Serve> Worker<S> {
         if self.next_memory.is_some() && self.serve.pending() == 0 {
             let Some((memory, reply)) = self.next_memory.take() else { return };
             self.memory = memory;
-            (self.memory_lost, self.impatient) = (false, false);
+            self.memory_lost = false;
             for served in self.rings.iter_mut().flatten() {
                 if served.ring.relocate(&self.memory).is_err() {
                     served.break_ring(Broken::Memory, &self.events);
@@ -320,6 +320,7 @@ impl<S: Serve> Worker<S> {
             self.set_log(log);
             reply.send(());
         }
+        self.impatient &= self.waits_for_storage();
     }
 
     /// Asks for kicks and looks once more; true when something came.
