@@ -1,12 +1,23 @@
-"""Log lines on stderr, for people or as JSON: one line each, whatever they say. Touches: stderr, the clock."""
+"""Log lines on stderr, for people or as JSON: one line each, whatever they say. Touches: stderr, the clock.
+
+A peer can cause lines as fast as it can send messages: of lines of one kind a burst is shown.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import sys
+import threading
 import traceback
-from time import gmtime, strftime
+from collections.abc import Callable
+from time import gmtime, monotonic, strftime
+from typing import Final
+
+BURST: Final = 20
+"""Lines of a kind that are shown within `PERIOD_S`."""
+
+PERIOD_S: Final = 10.0
 
 ORDINARY = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -15,10 +26,34 @@ def configure(log_format: str, *, verbose: bool) -> None:
     """Sends the package's log to stderr: ``text`` or ``json``, from DEBUG on when ``verbose``, else from INFO on."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(verbose=verbose) if log_format == "json" else TextFormatter(verbose=verbose))
+    if not verbose:
+        handler.addFilter(Damper())
     package = logging.getLogger("vhostuser")
     package.handlers = [handler]
     package.propagate = False
     package.setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+class Damper:
+    """Lets through so many lines of a kind in a while: of one logger, with one text before its values are put in."""
+
+    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._seen: dict[tuple[str, str], tuple[float, int]] = {}  # since when, how many
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether ``record`` is shown. One that comes after others were not gets ``left_out``, their number."""
+        kind = (record.name, str(record.msg))
+        with self._lock:
+            now = self._clock()
+            since, count = self._seen.get(kind, (now, 0))
+            if now - since >= PERIOD_S:
+                if count > BURST:
+                    record.left_out = count - BURST
+                since, count = now, 0
+            self._seen[kind] = (since, count + 1)
+        return count < BURST
 
 
 class TextFormatter(logging.Formatter):
@@ -31,6 +66,8 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         time = self.formatTime(record, "%Y-%m-%d %H:%M:%S")
         text = f"{time} {record.levelname.lower()} {record.name}: {' '.join(record.getMessage().split())}"
+        if left_out := getattr(record, "left_out", 0):
+            text += f" ({left_out} more lines like this one were left out)"
         if record.exc_info and record.exc_info[1] is not None:
             if self.verbose:
                 return f"{text}\n{self.formatException(record.exc_info)}"
