@@ -38,7 +38,7 @@ from vhostuser import (
     WriteZeroes,
 )
 from vhostuser.disks import Faults, FaultyDisk
-from vhostuser.frontend.client import USABLE
+from vhostuser.frontend.negotiated import USABLE
 from vhostuser.protocol import ProtocolFeature
 from vhostuser.virtio.blk import BlkFeature
 from vhostuser.virtio.features import RingFeature

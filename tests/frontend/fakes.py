@@ -27,15 +27,16 @@ SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ERR = 12, 13, 14
 GET_PROTOCOL_FEATURES, SET_PROTOCOL_FEATURES, GET_QUEUE_NUM, SET_VRING_ENABLE = 15, 16, 17, 18
 SET_BACKEND_REQ_FD, IOTLB_MSG, GET_CONFIG, SET_CONFIG = 21, 22, 24, 25
 GET_INFLIGHT_FD, SET_INFLIGHT_FD = 31, 32
+SET_LOG_BASE, SET_DEVICE_STATE_FD, CHECK_DEVICE_STATE = 6, 42, 43
 RESET_DEVICE, GET_MAX_MEM_SLOTS, ADD_MEM_REG, REM_MEM_REG, SET_STATUS, GET_STATUS = 34, 36, 37, 38, 39, 40
 
 MQ, REPLY_ACK, BACKEND_REQ, CONFIG, RESET, MEM_SLOTS, STATUS = 1, 1 << 3, 1 << 5, 1 << 9, 1 << 13, 1 << 15, 1 << 16
-INFLIGHT = 1 << 12
+INFLIGHT, LOG_SHMFD, DEVICE_STATE, BASE_INFLIGHT = 1 << 12, 1 << 1, 1 << 19, 1 << 20
 ALL: Final = MQ | REPLY_ACK | BACKEND_REQ | CONFIG | RESET | MEM_SLOTS | STATUS
 
 SIZE_MAX, SEG_MAX, RO, BLK_SIZE, FLUSH, WCE = 1 << 1, 1 << 2, 1 << 5, 1 << 6, 1 << 9, 1 << 11
 DISCARD, WRITE_ZEROES, INDIRECT, EVENT_IDX, VERSION_1 = 1 << 13, 1 << 14, 1 << 28, 1 << 29, 1 << 32
-ACCESS_PLATFORM, PROTOCOL = 1 << 33, 1 << 30
+ACCESS_PLATFORM, PROTOCOL, LOG_ALL = 1 << 33, 1 << 30, 1 << 26
 
 IN, OUT = 0, 1
 
@@ -138,6 +139,7 @@ class FakeBackend:
         self.answers = answers or {}
         self.device = device or serve_disk
         self.disk = bytearray(2048 * 512)
+        self._mover = threading.Thread()
         self.chains: list[list[tuple[int, int, bool]]] = []  # of every request: (address, length, writable)
         self.log: list[Received] = []
         self.acked = 0
@@ -147,6 +149,8 @@ class FakeBackend:
         self.rings: dict[int, Ring] = {}
         self.channel: socket.socket | None = None
         self.region: mmap.mmap | None = None
+        self.dirty: mmap.mmap | None = None
+        self.state = b""  # of the device: what is saved, or was loaded
         self.region_file: tuple[int, int] | None = None  # device and inode
         self.failure: BaseException | None = None
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -176,7 +180,7 @@ class FakeBackend:
         assert not self._thread.is_alive()
         os.close(self._wake)
         self.memory.clear()
-        self.region = None
+        self.region = self.dirty = None
         if self.theirs.fileno() >= 0:
             self.theirs.close()
         if error is None and self.failure is not None:
@@ -332,11 +336,36 @@ class FakeBackend:
                 file = os.fstat(fd)
                 self.region_file, self.region = (file.st_dev, file.st_ino), mmap.mmap(fd, size, offset=offset)
                 os.close(fd)
+            case 6:
+                fd = received.fds.pop(0)
+                self.dirty = mmap.mmap(fd, *struct.unpack("=Q8x", payload))
+                os.close(fd)
+                return payload
+            case 42:
+                self._move_state(payload, received.fds.pop(0))
+                return struct.pack("=Q", 0x100)
+            case 43:
+                if self._mover.ident is not None:
+                    self._mover.join(WAIT_S)
+                return struct.pack("=Q", 0)
             case 21:
                 self.channel = socket.socket(fileno=received.fds.pop(0))
-            case 8 | 9 | 10 | 11 | 12 | 13 | 14 | 18:
+            case 8 | 9 | 10 | 11 | 12 | 13 | 14 | 18 | 45:
                 return self._set_ring(received)
         return None
+
+    def _move_state(self, params: bytes, fd: int) -> None:
+        """On a thread, as it should be: the socket goes on meanwhile."""
+
+        def move() -> None:
+            with os.fdopen(fd, "rb" if params[0] else "wb") as file:
+                if params[0]:
+                    self.state = file.read()
+                else:
+                    file.write(self.state)
+
+        self._mover = threading.Thread(target=move)
+        self._mover.start()
 
     def _map(self, region: bytes, fd: int) -> None:
         guest, size, user, offset = struct.unpack("=QQQQ", region)
@@ -353,7 +382,7 @@ class FakeBackend:
                 ring.desc, ring.used, ring.avail = struct.unpack_from("=QQQ", received.payload, 8)
             case 10:
                 ring.base = number
-            case 11:
+            case 11 | 45:
                 self._selector.unregister(ring.kick)
                 os.close(ring.kick)
                 ring.kick = -1

@@ -26,7 +26,7 @@ from vhostuser.errors import (
     SetupError,
     UsageError,
 )
-from vhostuser.frontend import HostDevice, HostQueue, Life, SharedMemory, plain_queue, ring_bytes
+from vhostuser.frontend import MOVABLE, HostDevice, HostQueue, Life, SharedMemory, plain_queue, ring_bytes
 from vhostuser.protocol import ProtocolFeature
 from vhostuser.transport import Transport, listen
 
@@ -323,3 +323,59 @@ def test_a_transport_can_be_handed_over(serve: Serve) -> None:
     assert isinstance(transport, Transport)
     with HostDevice(transport) as device:
         assert device.name.startswith("file descriptor")
+
+
+def asleep(backend: FakeBackend, ring: fakes.Ring) -> None:
+    """A device that takes nothing."""
+
+
+def leaving(backend: FakeBackend, received: fakes.Received) -> bytes:
+    """An answer to GET_VRING_BASE that counts two requests as fetched which are not answered."""
+    ring = backend.rings[0]
+    ring.base += 2
+    answer = backend.polite(received)
+    assert isinstance(answer, bytes)
+    return answer
+
+
+def test_a_stop_that_may_leave_requests_keeps_the_region_for_the_next_start() -> None:
+    tracking = fakes.ALL & ~fakes.BACKEND_REQ | fakes.INFLIGHT
+    for request, extra in ((fakes.GET_VRING_BASE, 0), (45, 1 << 23)):
+        protocol = tracking | fakes.BASE_INFLIGHT | extra
+        with FakeBackend(protocol=protocol, answers={request: leaving}, device=asleep) as backend:
+            wanted = MOVABLE | ProtocolFeature.GET_VRING_BASE_SKIP_DRAIN
+            device = HostDevice(backend.give(), features=VERSION_1, protocol_features=wanted)
+            device.realize()
+            memory, queues = memory_for()
+            device.start(memory, queues)
+            assert device.stop(leave=True) == 2
+            assert queues[0].base == 2
+            assert device.inflight is not None
+            device.start(memory, queues)
+            assert backend.requests.count(fakes.GET_INFLIGHT_FD) == 1, "it goes on with the same region"
+            assert backend.payloads(fakes.SET_VRING_BASE)[-1] == struct.pack("=II", 0, 2)
+            device.stop()
+            region = device.take_inflight()
+            assert region is not None
+            with FakeBackend(protocol=tracking, device=asleep) as other:
+                later = HostDevice(other.give(), features=VERSION_1, protocol_features=MOVABLE)
+                later.realize()
+                later.start(memory, queues, inflight=region)
+                assert other.region_file == backend.region_file
+                assert other.payloads(fakes.SET_VRING_BASE) == [struct.pack("=II", 0, queues[0].base)]
+                later.close()
+            close(device, queues)
+
+
+def test_rings_are_not_stopped_with_requests_left_where_the_back_end_does_not_know_how() -> None:
+    protocol = fakes.ALL & ~fakes.BACKEND_REQ | fakes.INFLIGHT
+    with FakeBackend(protocol=protocol) as backend:
+        device = HostDevice(backend.give(), features=VERSION_1, protocol_features=MOVABLE)
+        device.realize()
+        memory, queues = memory_for()
+        device.start(memory, queues)
+        with pytest.raises(SetupError, match="GET_VRING_BASE_INFLIGHT was not negotiated"):
+            device.stop(leave=True)
+        assert device.stop() == 0
+        assert device.inflight is None
+        close(device, queues)

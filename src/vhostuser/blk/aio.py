@@ -21,8 +21,8 @@ from vhostuser.blk.options import USABLE_FEATURES, ChangeListener, ConfigChange,
 from vhostuser.blk.requests import Discard, Flush, GetId, Read, ReadInto, Request, Write, WriteZeroes
 from vhostuser.blk.revival import Revival, bury, late
 from vhostuser.errors import PeerGone, SetupError, VhostUserError
-from vhostuser.frontend.client import RESUMABLE
 from vhostuser.frontend.dialogue import again
+from vhostuser.frontend.negotiated import RESUMABLE
 from vhostuser.frontend.reach import reachable_again
 from vhostuser.frontend.reconnect import Backoff
 from vhostuser.protocol import ProtocolFeature

@@ -8,8 +8,8 @@ from typing import Final
 
 from vhostuser.blk.limits import MAX_REQUEST_BYTES
 from vhostuser.errors import SetupError
-from vhostuser.frontend.client import USABLE
 from vhostuser.frontend.memory import PAGE
+from vhostuser.frontend.negotiated import USABLE
 from vhostuser.frontend.queue import check_size
 from vhostuser.protocol import ProtocolFeature
 from vhostuser.virtio.blk import BlkFeature, VirtioBlkConfig

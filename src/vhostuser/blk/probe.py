@@ -11,7 +11,8 @@ from typing import Final
 
 from vhostuser.blk.options import CONFIG_SIZES
 from vhostuser.errors import BackendRefused, PeerGone, RemoteProtocolError
-from vhostuser.frontend.client import USABLE, HostDevice
+from vhostuser.frontend.client import HostDevice
+from vhostuser.frontend.negotiated import USABLE
 from vhostuser.frontend.reach import Endpoint
 from vhostuser.protocol import F_PROTOCOL_FEATURES, FrontendRequest, ProtocolFeature
 from vhostuser.virtio.blk import VirtioBlkConfig, config_length

@@ -9,18 +9,18 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from enum import Enum
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final, Self
 
 from vhostuser.errors import BackendRefused, BackendUnfit, RemoteProtocolError, SetupError
 from vhostuser.fds import Fd
 from vhostuser.frontend.channel import BackendChannel
-from vhostuser.frontend.configuration import Configured
+from vhostuser.frontend.device_state import Stateful
 from vhostuser.frontend.dialogue import Dialogue
+from vhostuser.frontend.dirty_log import HostLog, Logging
 from vhostuser.frontend.inflight import HostInflight, received
 from vhostuser.frontend.memory import SharedMemory
-from vhostuser.frontend.queue import HostQueue
+from vhostuser.frontend.negotiated import USABLE, Life, Queue
 from vhostuser.frontend.reach import Endpoint, name_of_endpoint, reach
 from vhostuser.protocol import (
     F_ACCESS_PLATFORM,
@@ -43,22 +43,6 @@ from vhostuser.virtio.features import feature_names
 from vhostuser.virtio.status import DeviceStatus
 
 Req = FrontendRequest
-Queue = HostQueue[Any]
-
-USABLE: Final = (
-    ProtocolFeature.MQ
-    | ProtocolFeature.REPLY_ACK
-    | ProtocolFeature.BACKEND_REQ
-    | ProtocolFeature.CONFIG
-    | ProtocolFeature.RESET_DEVICE
-    | ProtocolFeature.CONFIGURE_MEM_SLOTS
-    | ProtocolFeature.STATUS
-)
-"""The protocol features that `HostDevice` makes use of; it does without each of them."""
-
-RESUMABLE: Final = USABLE | ProtocolFeature.INFLIGHT_SHMFD
-"""The same, and what it takes to go on after the back-end has died: for who means to come back. Such a back-end may end
-without answering everything, since somebody will."""
 
 NO_FEATURE: Final = ProtocolFeature(0)
 
@@ -66,16 +50,7 @@ MAX_QUEUES: Final = 256
 """A ring is named by one byte in SET_VRING_KICK, SET_VRING_CALL and SET_VRING_ERR."""
 
 
-class Life(Enum):
-    """How far a `HostDevice` has got."""
-
-    CONNECTED = "connected"
-    REALIZED = "realized"
-    STARTED = "started"
-    CLOSED = "closed"
-
-
-class HostDevice(Configured):
+class HostDevice(Logging, Stateful):
     """One device behind one connection: `realize`, `start`, `stop` or `reset`, `start` again, `close`.
 
     The life cycle is for one thread at a time; configuration and properties may be used from any. Every wait has a time
@@ -91,6 +66,9 @@ class HostDevice(Configured):
         device.start(memory, queues, inflight=region)
 
     Without a region, neither is to be used again: the old back-end may still write into them.
+
+    The same goes on at another back-end while the first one is there (`MOVABLE`): `stop` it, with ``leave`` if need be,
+    take region and state, and start the other one with them. `start_log` is for who copies the memory meanwhile.
     """
 
     def __init__(
@@ -112,45 +90,21 @@ class HostDevice(Configured):
         connection, ``drain_timeout_s`` the wait for requests in flight when a ring is stopped. ``stop`` ends the
         wait for the connection when it is set. Raises `OperatorError` when nobody is there.
         """
-        self.name: Final = name_of_endpoint(endpoint)
         transport = reach(endpoint, listen=listen, timeout_s=timeout_s, stop=stop)
-        super().__init__(Dialogue(transport, timeout_s=timeout_s))
-        self.life = Life.CONNECTED
+        super().__init__(
+            name_of_endpoint(endpoint),
+            Dialogue(transport, timeout_s=timeout_s),
+            features=features,
+            protocol_features=protocol_features | require,
+        )
         self.max_queues = 1
         """How many queues can be used, 1 to 256; 1 when the back-end does not say."""
         self.max_mem_slots: int | None = None
         """How many memory regions it takes; None when it does not say, which means at least 8."""
-        self._wanted = features
-        self._wanted_protocol = protocol_features | require
         self._required = require
         self._drain_timeout_s = drain_timeout_s
         self._channel: BackendChannel | None = None
-        self._memory: SharedMemory | None = None
-        self._queues: Sequence[Queue] = ()
         self._inflight: HostInflight | None = None
-
-    @property
-    def features_offered(self) -> int:
-        """The feature bits of the back-end, bit 30 included; 0 before `realize`."""
-        return self.dialogue.connection.features_offered or 0
-
-    @property
-    def features(self) -> int:
-        """The virtio feature bits that are used: offered and wanted, without bit 30."""
-        wanted = self._wanted & ~F_PROTOCOL_FEATURES
-        if not self.protocol_features & ProtocolFeature.BACKEND_REQ or not self.dialogue.acks:
-            wanted &= ~F_ACCESS_PLATFORM  # a miss could not be told, as QEMU sees it
-        return self.features_offered & wanted
-
-    @property
-    def protocol_features_offered(self) -> ProtocolFeature:
-        """The protocol features of the back-end; none before `realize`, or when it has not bit 30."""
-        return self.dialogue.connection.protocol_features_offered or ProtocolFeature(0)
-
-    @property
-    def protocol_features(self) -> ProtocolFeature:
-        """The protocol features that are used."""
-        return self.dialogue.connection.protocol_features
 
     def fileno(self) -> int:
         """The main socket, to watch for a hang-up only: reading is for the dialogue. -1 once closed."""
@@ -203,19 +157,34 @@ class HostDevice(Configured):
         channel.theirs.close()
         channel.start()
 
-    def start(self, memory: SharedMemory, queues: Sequence[Queue], *, inflight: HostInflight | None = None) -> None:
+    def start(
+        self,
+        memory: SharedMemory,
+        queues: Sequence[Queue],
+        *,
+        inflight: HostInflight | None = None,
+        log: HostLog | None = None,
+    ) -> None:
         """Share ``memory`` and start ``queues``, which lie in it and stay the caller's. Returns once they run.
 
-        ``inflight`` is the region of a connection that is lost, on which these very queues ran: they go on from there.
-        It is taken over, also by a start that fails. Without one, and with INFLIGHT_SHMFD, the back-end is asked for a
-        fresh one. Raises `BackendRefused` when the back-end does not want something of it, `BackendUnfit` when it does
-        not accept the features, or not those that the queues use already; the connection is of no further use then.
+        ``inflight`` is the region of a connection that is lost, or that stopped and left requests in it, on which these
+        very queues ran: they go on from there. It is taken over, also by a start that fails. Without one, and with
+        INFLIGHT_SHMFD, the back-end is asked for a fresh one, unless `stop` left requests in that of this connection.
+        ``log`` is the dirty log of a connection that is lost; it is taken over, too. Raises `BackendRefused` when the
+        back-end does not want something of it, `BackendUnfit` when it does not accept the features, or not those that
+        the queues use already; the connection is of no further use then.
         """
         self._expect(Life.REALIZED)
+        if inflight is None and self._inflight is not None and self._inflight.left:
+            inflight = self.take_inflight()
         self._drop_inflight()
         if inflight is not None:
             self._inflight = inflight
             self.check_resumable(inflight)
+        if log is not None:
+            self.check_logging()
+            self._log = log
+        left = inflight.left if inflight is not None else 0
         self.accept_features()
         if inflight is None and queues and ProtocolFeature.INFLIGHT_SHMFD in self.protocol_features:
             self._inflight = self._ask_inflight(queues)
@@ -223,13 +192,16 @@ class HostDevice(Configured):
             self.dialogue.tell(Req.SET_INFLIGHT_FD, self._inflight.payload, [self._inflight.fd])
         self._share(memory)
         for queue in queues:
-            if inflight is not None:
+            if inflight is not None and not left:
                 queue.base = queue.used_index  # as QEMU; who has the region knows better
             self._set_up(queue)
+        self._offer_log()
         self._enable(queues, 1)
         self._set_status(
             DeviceStatus.ACKNOWLEDGE | DeviceStatus.DRIVER | DeviceStatus.FEATURES_OK | DeviceStatus.DRIVER_OK
         )
+        if inflight is not None:
+            inflight.left = 0
         self._queues = tuple(queues)
         self.life = Life.STARTED
         for queue in queues:  # older back-ends start a ring when it is first kicked
@@ -270,10 +242,9 @@ class HostDevice(Configured):
 
     def _set_up(self, queue: Queue) -> None:
         tell, index = self.dialogue.tell, queue.index
-        behind_iommu = bool(self.features & F_ACCESS_PLATFORM)
         tell(Req.SET_VRING_NUM, VringState(index, queue.size))
         tell(Req.SET_VRING_BASE, VringState(index, queue.base))
-        tell(Req.SET_VRING_ADDR, queue.addr(guest=behind_iommu))
+        tell(Req.SET_VRING_ADDR, self._addr(queue))
         tell(Req.SET_VRING_CALL, VringFd.of(index), [queue.call])
         tell(Req.SET_VRING_ERR, VringFd.of(index), [queue.err])
         tell(Req.SET_VRING_KICK, VringFd.of(index), [queue.kick])
@@ -319,30 +290,46 @@ class HostDevice(Configured):
         self._send_translation()
         return True
 
-    def stop(self) -> None:
+    def stop(self, *, leave: bool = False) -> int:
         """Stop the rings: returns once every request in flight is answered, at most ``drain_timeout_s`` for each ring.
 
-        Each queue's ``base`` is where it stopped then.
+        With ``leave``, which takes GET_VRING_BASE_INFLIGHT, the back-end need not answer what its storage has not begun
+        yet: that stays in the region, for `start` here or, after `take_inflight`, elsewhere. Returns how many requests
+        stayed. Each queue's ``base`` is where it stopped then. A back-end with that feature may leave requests in
+        any case.
         """
         self._expect(Life.STARTED)
+        if leave and ProtocolFeature.GET_VRING_BASE_INFLIGHT not in self.protocol_features:
+            raise SetupError(f"{self.name} has to answer everything: GET_VRING_BASE_INFLIGHT was not negotiated")
+        skip_drain = leave and ProtocolFeature.GET_VRING_BASE_SKIP_DRAIN in self.protocol_features
+        request = Req.GET_VRING_BASE_SKIP_DRAIN if skip_drain else Req.GET_VRING_BASE
         self._enable(self._queues, 0)
         for queue in self._queues:
             asked = VringState(queue.index, 0)
-            answer = self.dialogue.ask(Req.GET_VRING_BASE, asked, timeout_s=self._drain_timeout_s).payload
+            answer = self.dialogue.ask(request, asked, timeout_s=self._drain_timeout_s).payload
             if not isinstance(answer, VringState) or answer.index != queue.index or answer.num > 0xFFFF:
-                wrong = RemoteProtocolError(f"GET_VRING_BASE of ring {queue.index} was answered with {answer}")
+                wrong = RemoteProtocolError(f"{request.name} of ring {queue.index} was answered with {answer}")
                 self.dialogue.fail(wrong)
                 raise wrong
             queue.base = answer.num
-        self._drop_inflight()
+        left = sum(queue.base - queue.used_index & 0xFFFF for queue in self._queues)
+        if self._inflight is not None and ProtocolFeature.GET_VRING_BASE_INFLIGHT in self.protocol_features:
+            self._inflight.left = left
+        if self._inflight is None or not self._inflight.left:
+            self._drop_inflight()
         self._queues = ()
         self.life = Life.REALIZED
+        return left
 
     def reset(self) -> None:
-        """Stop the rings if they run, and bring the device to its initial state as far as the back-end knows how."""
+        """Stop the rings if they run, and bring the device to its initial state as far as the back-end knows how.
+
+        Requests that were left in the region are lost then.
+        """
         if self.life is Life.STARTED:
             self.stop()
         self._expect(Life.REALIZED)
+        self._drop_inflight()
         self._set_status(DeviceStatus(0))
         if ProtocolFeature.RESET_DEVICE in self.protocol_features:
             self.dialogue.tell(Req.RESET_DEVICE)
@@ -360,29 +347,6 @@ class HostDevice(Configured):
         self._drop_inflight()
         self._queues = ()
         self._memory = None
-
-    def accept_features(self) -> None:
-        """SET_FEATURES, as far as that takes. `start` does it, too; a write to the configuration may need it before."""
-        self._set_status(DeviceStatus.ACKNOWLEDGE | DeviceStatus.DRIVER)
-        features = self.features | (self.features_offered & F_PROTOCOL_FEATURES)
-        self.dialogue.tell(Req.SET_FEATURES, U64(features))
-        if ProtocolFeature.STATUS not in self.protocol_features:
-            return
-        self._set_status(DeviceStatus.ACKNOWLEDGE | DeviceStatus.DRIVER | DeviceStatus.FEATURES_OK)
-        if not self.dialogue.number(Req.GET_STATUS) & DeviceStatus.FEATURES_OK:
-            raise BackendUnfit(
-                self.name,
-                f"it does not accept these of the features it offered: {' '.join(feature_names(self.features))}",
-                "Report it to the makers of the back-end",
-            )
-
-    def _set_status(self, status: DeviceStatus) -> None:
-        if ProtocolFeature.STATUS in self.protocol_features:
-            self.dialogue.tell(Req.SET_STATUS, U64(status))
-
-    def _expect(self, life: Life) -> None:
-        if self.life is not life:
-            raise SetupError(f"{self.name} is {self.life.value}, not {life.value}")
 
     def __enter__(self) -> Self:
         return self

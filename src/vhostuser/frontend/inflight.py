@@ -23,7 +23,8 @@ back-end's own affair."""
 class HostInflight:
     """The region of one set of rings. It owns the descriptor: `close` it, or give it to `HostDevice.start`.
 
-    It is of use for the very rings that it was made for, with the same features, and only until they are stopped.
+    It is of use for the very rings that it was made for, with the same features, and until they are stopped with
+    everything answered.
     """
 
     def __init__(self, fd: Fd, payload: Inflight, features: int) -> None:
@@ -31,6 +32,9 @@ class HostInflight:
         self.fd: Final = fd
         self.payload: Final = payload
         self.features: Final = features
+        self.left = 0
+        """How many requests an orderly stop left in it, which the bases of the queues count as fetched; 0 also when the
+        connection was lost, and nobody knows."""
 
     def read(self) -> bytes:
         """What is in it now, to be looked at. Raises `OSError` when that cannot be read."""
