@@ -50,8 +50,11 @@ class Predecessor:
                 control, f"no server to take over from: {error.cause}", "Start without --upgrade, or correct --control"
             ) from error
 
-    def check(self, device: BlockDevice) -> None:
-        """Raise `UsageError` unless a guest of the running server can go on with ``device`` without noticing."""
+    def check(self, device: BlockDevice, *, incoming: bool) -> None:
+        """Raise `UsageError` unless a guest of the running server can go on with ``device`` without noticing.
+
+        ``incoming``: ``device`` will wait for its image, which it must if the running server has not got it.
+        """
         running = self._client.call("disk.info")
         if not isinstance(running, Mapping):
             raise OperatorError(self._control, "the answer makes no sense", "Stop that server, then start this one")
@@ -61,6 +64,9 @@ class Predecessor:
                 self._misfit(f"its {name} is {running.get(key)}, here it would be {mine[key]}")
         if not isinstance(queues := running.get("num_queues"), int) or queues > device.num_queues:
             self._misfit(f"it has {queues} queues, here it would be {device.num_queues}")
+        if running.get("image", "held") != "held" and not incoming:
+            cause = f"the image of the running server is {running['image']}: another one has it, or may get it"
+            raise UsageError(self._control, cause, "Upgrade with --incoming, too, or stop that one first")
         offered, acked = mine["features_offered"], running.get("features_acked") or []
         lost = [name for name in acked if name not in offered] if isinstance(offered, list) else []
         if lost:

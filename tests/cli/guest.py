@@ -43,12 +43,20 @@ class Guest:
         self.peer = Frontend.connect(str(self.place))
         self._set_up()
 
-    def _set_up(self) -> None:
+    def move(self, place: Path) -> Frontend:
+        """Stop the ring and go on behind the back-end at ``place``, as in a live migration; returns the connection that
+        was, which is the caller's to close."""
+        base, left = self.ring.stop(self.peer), self.peer
+        self.peer, self.place = Frontend.connect(str(place)), place
+        self._set_up(base)
+        return left
+
+    def _set_up(self, base: int | None = None) -> None:
         self.peer.negotiate()
         if self.region is not None:
             self.peer.do(Req.SET_INFLIGHT_FD, Inflight(self.region.size, 0, 1, SIZE), [self.region.fd])
         self.ram.share(self.peer)
-        self.ring.start(self.peer, base=self.ring.driver.used_index)
+        self.ring.start(self.peer, base=self.ring.driver.used_index if base is None else base)
 
     def write(self, sector: int, fill: int) -> int:
         """Submit a write of one sector and return its head."""

@@ -133,6 +133,22 @@ class Device(ABC):
         """Take over what `keepsake` of a predecessor of the same type said. All rings are stopped. What makes no sense
         is ignored: a front-end may have written it."""
 
+    def activate(self) -> None:  # noqa: B027
+        """Have the storage before the first ring starts. Raises `OperatorError` when another server has it. May wait.
+
+        A live migration has two servers for one disk, only one of which may use it: the one whose rings run.
+        """
+
+    def deactivate(self, *, unused: bool = False) -> None:  # noqa: B027
+        """The last ring has stopped and its requests have ended: another server may have the storage. May wait.
+
+        ``unused``: no ring has run since `activate`, which is to be undone.
+        """
+
+    def look_for_heir(self) -> None:  # noqa: B027
+        """Let go of the storage if no ring runs and another server waits for it. Called now and then by the server's
+        thread."""
+
     def reset(self) -> None:  # noqa: B027
         """Return to the initial state: the driver reset the device, or its connection ended. All rings are stopped."""
 

@@ -31,6 +31,8 @@ ACCEPT_PAUSE_S: Final = 1.0
 """How long to wait when no connection can be accepted, as when there are too many open files."""
 REST_PAUSE_S: Final = 0.001
 """How often to look whether storage is at rest."""
+LOOK_S: Final = 1.0
+"""How often it is looked whether another server waits for the storage: nothing tells us when one begins to."""
 
 log = logging.getLogger(__name__)
 
@@ -256,7 +258,9 @@ class Server:
             os.eventfd_write(self._wake.fileno(), 1)
 
     def _look_after(self) -> None:
-        """See whether the session has ended, and whether the one who waits may begin or has waited enough."""
+        """See whether the session has ended, whether the one who waits may begin or has waited enough, and whether
+        another server waits for the storage."""
+        self._device.look_for_heir()
         if self._session_thread is not None and self._session_over.is_set():
             self._session_thread.join()
             self._session_thread = self._session = None
@@ -269,8 +273,9 @@ class Server:
             waiting, self._waiting = self._waiting, None
             self._refuse(waiting, f"storage has not come to rest for {self._drain_timeout_s:.0f} s")
 
-    def _patience(self) -> float | None:
-        return None if self._waiting is None else max(0.0, self._waiting_until - time.monotonic())
+    def _patience(self) -> float:
+        waiting = self._waiting is not None
+        return min(LOOK_S, max(0.0, self._waiting_until - time.monotonic())) if waiting else LOOK_S
 
     def _end(self) -> None:
         if self._session is not None:

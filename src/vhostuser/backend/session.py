@@ -24,6 +24,7 @@ from vhostuser.errors import (
     ConfigRefused,
     DrainTimeout,
     GuestMemoryError,
+    OperatorError,
     PeerGone,
     RemoteProtocolError,
     SetupError,
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 
 Req = FrontendRequest
 
-REFUSALS = (SetupError, GuestMemoryError, ConfigRefused, DrainTimeout, OSError)
+REFUSALS = (SetupError, GuestMemoryError, ConfigRefused, DrainTimeout, OperatorError, OSError)
 """What makes us refuse a message; the state is as before it."""
 
 log = logging.getLogger(__name__)
@@ -84,9 +85,7 @@ class Session:
         self._drain_timeout_s = drain_timeout_s
         self._connection: Connection[Fd] = Connection(Role.BACKEND)
         self._connection.offer(device.features | SESSION_FEATURES, device.protocol_features)
-        self._rings = Vrings(
-            device.queues, name=device.name, max_size=device.max_queue_size, drain_timeout_s=drain_timeout_s
-        )
+        self._rings = Vrings(device, drain_timeout_s=drain_timeout_s)
         self._sharing = SharingCheck(device.name, device.queues, self._rings)
         self._selector = selectors.DefaultSelector()
         self._news = News(device, self._rings, self._connection, self._selector)

@@ -13,7 +13,8 @@ from vhostuser.errors import DrainTimeout, SetupError
 from vhostuser.protocol import F_LOG_ALL, F_PROTOCOL_FEATURES
 
 if TYPE_CHECKING:
-    from vhostuser._native import DirtyLog, InflightRegion, Queues
+    from vhostuser._native import DirtyLog, InflightRegion
+    from vhostuser.backend.device import Device
     from vhostuser.fds import Fd
     from vhostuser.protocol import VringAddr
 
@@ -27,13 +28,15 @@ class Vrings:
     """Every ring of one device during one connection.
 
     A ring runs natively from the moment it is kicked and its description is complete. Descriptors are duplicated;
-    the caller keeps its own. Methods raise `SetupError`, having changed nothing, when what is asked makes no sense.
+    the caller keeps its own. Methods raise `SetupError`, having changed nothing, when what is asked makes no sense;
+    those that start a ring raise `OperatorError`, too, when another server has the storage.
     """
 
-    def __init__(self, queues: Queues, *, name: str, max_size: int, drain_timeout_s: float) -> None:
-        self._queues = queues
-        self._name = name
-        self._max_size = max_size
+    def __init__(self, device: Device, *, drain_timeout_s: float) -> None:
+        self._device = device
+        self._queues = queues = device.queues
+        self._name = device.name
+        self._max_size = device.max_queue_size
         self._drain_timeout_s = drain_timeout_s
         self._states = [RingState()] * queues.num_queues
         self._plans: list[RingPlan[Fd]] = [RingPlan()] * queues.num_queues
@@ -203,6 +206,7 @@ class Vrings:
         base = self._plans[self._checked(index)].base
         if index in self._running:
             base = self._stop(index, self._drain_timeout_s)
+            self._rest_if_idle()
         self._states[index] = self._states[index].after(RingEvent.GET_BASE)
         self._forget_kick(index, base)
         return base
@@ -213,6 +217,7 @@ class Vrings:
             self._queues.enable(index, False)
         for index in sorted(self._running):
             self._stop(index, self._drain_timeout_s)
+        self._rest_if_idle()
         for index, plan in enumerate(self._plans):
             self._states[index] = self._states[index].after(RingEvent.RESET)
             self._forget_kick(index, 0)
@@ -245,6 +250,7 @@ class Vrings:
         for index in sorted(self._running):
             self._stop(index, max(0.0, deadline - time.monotonic()), leave=leave)
         self._queues.set_memory(GuestMemory(), max(0.0, deadline - time.monotonic()))
+        self._rest_if_idle()
         self._queues.set_log(None, data=False)
         self.memory = GuestMemory()
         self.log = None
@@ -291,13 +297,24 @@ class Vrings:
         state = self._states[index]
         if not self.features & F_PROTOCOL_FEATURES and not self._enable_seen:
             state = state.after(RingEvent.NO_PROTOCOL_FEATURES)  # crosvm may leave out SET_FEATURES, but not ENABLE
-        self._queues.set_log_used(index, plan.addr.log_used)
+        if not self._running:
+            self._device.activate()
+        try:
+            self._start(index, plan, state, plan.num, plan.addr)
+        except BaseException:
+            self._rest_if_idle(unused=True)
+            raise
+        self._states[index] = state
+        self._kept_timeout_s = self._drain_timeout_s
+
+    def _start(self, index: int, plan: RingPlan[Fd], state: RingState, size: int, addr: VringAddr) -> None:
+        self._queues.set_log_used(index, addr.log_used)
         self._queues.start(
             index,
-            size=plan.num,
-            desc=plan.addr.descriptor,
-            used=plan.addr.used,
-            avail=plan.addr.available,
+            size=size,
+            desc=addr.descriptor,
+            used=addr.used,
+            avail=addr.available,
             base=plan.base,
             features=self.features & ~(F_PROTOCOL_FEATURES | F_LOG_ALL),
             enabled=state.enabled and not self.resting,
@@ -307,8 +324,11 @@ class Vrings:
             inflight=self.inflight,
         )
         self._running.add(index)
-        self._states[index] = state
-        self._kept_timeout_s = self._drain_timeout_s
+
+    def _rest_if_idle(self, *, unused: bool = False) -> None:
+        """Once no ring runs, nothing of the storage is used, and somebody else may have it."""
+        if not self._running:
+            self._device.deactivate(unused=unused)
 
     def _stop(self, index: int, timeout_s: float, *, leave: bool = False) -> int:
         begin = time.monotonic()

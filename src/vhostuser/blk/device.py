@@ -103,6 +103,7 @@ class BlockDevice(Device):
             retry_for_s=errors.retry_for_s,
         )
         self._errors = errors
+        disk.note_write_cache(on=self._wanted_writeback)
         if rate_limit is not None:
             self._queues.set_rate_limit(rate_limit.iops, rate_limit.bps)
 
@@ -171,11 +172,11 @@ class BlockDevice(Device):
         if self._acked is not None and not self._acked & BlkFeature.CONFIG_WCE:
             raise ConfigRefused("the driver did not accept VIRTIO_BLK_F_CONFIG_WCE and may not switch its write cache")
         before = self._wanted_writeback
-        self._wanted_writeback = bool(data[0])
+        self._want_writeback(bool(data[0]))
         try:
             self._set_writeback(self._wanted_writeback)
         except OSError as error:
-            self._wanted_writeback = before
+            self._want_writeback(before)
             self._set_writeback(before)
             raise ConfigRefused(
                 f"the write cache stays on: what it holds cannot be stored ({os.strerror(error.errno or 0)})"
@@ -194,13 +195,39 @@ class BlockDevice(Device):
         except OSError as error:
             log.error("%s: what was written before cannot be stored: %s", self.name, os.strerror(error.errno or 0))
 
+    def activate(self) -> None:
+        """Have the image, and go by what became of it and of its write cache while another server had it."""
+        before = self._disk.activate()
+        if before is None:
+            return
+        try:
+            sectors = self._whole_sectors(self._disk.refresh())
+        except BaseException:
+            self._disk.deactivate(unused=True)
+            raise
+        cache_on = self._writeback
+        if before.cache_off:
+            self.recall(b"\0")
+        if sectors != self._num_sectors:
+            self._set_num_sectors(sectors)
+        elif cache_on != self._writeback:
+            self.config_changed()
+
+    def deactivate(self, *, unused: bool = False) -> None:
+        """Let another server have the image, if one waits for it."""
+        self._disk.deactivate(unused=unused)
+
+    def look_for_heir(self) -> None:
+        """Likewise, if no ring runs."""
+        self._disk.look_for_heir()
+
     def reset(self) -> None:
         """Forget the driver's choices, but let a write cache that it switched off stay off.
 
         QEMU shows its guest the byte it knew before the reset, and a guest that believes its cache off sends no FLUSH.
         """
         self._acked = None
-        self._wanted_writeback = self._wanted_writeback and self._default_writeback
+        self._want_writeback(self._wanted_writeback and self._default_writeback)
 
     def keepsake(self) -> bytes:
         """The byte ``writeback``: a driver that believes its write cache off sends no FLUSH, to a successor neither."""
@@ -210,7 +237,7 @@ class BlockDevice(Device):
         """Go on without the write cache where the predecessor had none."""
         if keepsake != b"\0":
             return
-        self._wanted_writeback = False
+        self._want_writeback(False)
         if self._acked is not None:
             self.features_acked(self._acked)
 
@@ -290,6 +317,7 @@ class BlockDevice(Device):
             "physical_block_size": self._block_size << config.physical_block_exp,
             "read_only": self.read_only,
             "writeback": self._writeback,
+            "image": self._disk.holding.value,
             "flush_failed": self._queues.flush_failed,
             "on_error": self._errors.on_error.value,
             "on_enospc": self._errors.on_enospc.value,
@@ -314,6 +342,10 @@ class BlockDevice(Device):
                 self._disk.name, tail, self._block_size,
             )  # fmt: skip
         return blocks * self._block_size // SECTOR
+
+    def _want_writeback(self, on: bool) -> None:
+        self._wanted_writeback = on
+        self._disk.note_write_cache(on=on)
 
     def _set_writeback(self, writeback: bool) -> None:
         """Switch the write cache; once it is off, flush what it held. Raises `OSError` of the flush."""

@@ -112,6 +112,9 @@ def default_queues() -> int:
     show_default=True,
     help="How long storage may take to finish after SIGTERM; 1 at most when the hypervisor keeps what is left.",
 )
+@click.option(
+    "--incoming", is_flag=True, help="Live migration: the image is another server's until the guest starts here."
+)
 @click.option("--upgrade", is_flag=True, help="Take over from the server that runs with these options, and end it.")
 @click.option("--control", metavar="PATH|none", show_default="SOCKET.ctl, none with --fd", help="The control socket.")
 @click.option(

@@ -77,6 +77,8 @@ class Service:
     """Seconds that storage may take to come to rest after a signal, or for a successor."""
     lock_timeout: float = 30.0
     """Seconds to wait for a predecessor, or anybody else, to let go of the image."""
+    incoming: bool = False
+    """Another server may have the image until the first ring starts."""
     upgrade: bool = False
     """Take the sockets over from the server that runs."""
     sandbox: str = "on"
@@ -138,12 +140,17 @@ class Service:
     def _open_disk(self, place: str, inherited: Listener | Transport | None = None, *, lock: bool = True) -> Disk:
         """Open it for serving on ``place``; connections at an ``inherited`` listener do not wait longer than a second
         for the end of a predecessor."""
+        if self.incoming and not self.lock:
+            raise UsageError("--incoming", "images are handed over by their locks", "Leave out --no-lock")
         faults = Faults.parse(self.inject) if self.inject is not None else None
         with turning_away(inherited):
             disk = open_disk(
                 self.disk, read_only=self.read_only, cache=self.cache, engine=self.engine,
                 lock=self.lock and lock, lock_timeout_s=self.lock_timeout, place=place,
+                incoming=self.incoming,
             )  # fmt: skip
+        if self.incoming and disk.volatile:
+            raise UsageError(disk.name, "its content is no other server's", "Serve a file to have it handed over")
         return FaultyDisk(disk, faults) if faults is not None else disk
 
     def _make_device(self, disk: Disk) -> BlockDevice:
@@ -205,7 +212,7 @@ class Service:
             with self._open_disk("", lock=False) as disk, closing(self._make_device(disk)) as device:
                 if disk.volatile:
                     raise UsageError(disk.name, "its content ends with the running server", "Serve a file instead")
-                predecessor.check(device)
+                predecessor.check(device, incoming=self.incoming)
             disk_socket, control = predecessor.take_over(self.socket)
         return f"{disk_socket.place}, taken over", disk_socket, control
 

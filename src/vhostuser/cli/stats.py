@@ -48,7 +48,8 @@ def command(
     if inflight and watch:
         raise UsageError("--inflight", "it excludes --watch", "Use one of the two")
     with asking.connect(socket, control) as client:
-        name = str(asking.ask(client, "disk.info")["disk"])
+        info = asking.ask(client, "disk.info")
+        name, image = str(info["disk"]), str(info.get("image", "held"))
         if inflight:
             list_requests(name, checked_requests(asking.ask(client, "disk.requests")), as_json=as_json)
             return
@@ -58,8 +59,12 @@ def command(
 
         if as_json:
             for queues in readings(read, interval) if watch else [read()]:
-                print(json.dumps({"disk": name, "queues": queues}), flush=True)
-        elif watch:
+                image = str(asking.ask(client, "disk.info").get("image", image))
+                print(json.dumps({"disk": name, "image": image, "queues": queues}), flush=True)
+            return
+        if image != "held":
+            name = f"{name} (its image is {image})"
+        if watch:
             live(name, readings(read, interval), interval)
         else:
             print_once(name, read())

@@ -1,5 +1,6 @@
 """Storage behind virtual disks; knows nothing of vhost. Public names, nothing else."""
 
+from vhostuser.disks.custody import Holding, Takeover
 from vhostuser.disks.disk import Capability, Disk, Limits, NativeDisk
 from vhostuser.disks.faulty import Faults, FaultyDisk
 from vhostuser.disks.file import FileDisk
@@ -13,10 +14,12 @@ __all__ = [
     "Faults",
     "FaultyDisk",
     "FileDisk",
+    "Holding",
     "Limits",
     "MemoryDisk",
     "NativeDisk",
     "NullDisk",
+    "Takeover",
     "open_disk",
     "parse_size",
 ]

@@ -10,6 +10,7 @@ from enum import Flag, auto
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from vhostuser.disks.custody import Holding, Takeover
 from vhostuser.errors import UsageError
 
 if TYPE_CHECKING:
@@ -111,6 +112,31 @@ class Disk(ABC):
     def refresh(self) -> int:
         """Look at the storage again and return its size in bytes, which may have changed. May block."""
         return self.limits.size
+
+    @property
+    def holding(self) -> Holding:
+        """Whose the storage is, while one server hands it over to another. Any thread."""
+        return Holding.HELD
+
+    def activate(self) -> Takeover | None:
+        """Have the storage before it is used: called before the first ring of a device starts.
+
+        Returns what is known of the server that had it meanwhile; None when nobody had. May block for the time that
+        the disk was given to wait for it. Raises `OperatorError` when it is not to be had.
+        """
+        return None
+
+    def deactivate(self, *, unused: bool = False) -> None:  # noqa: B027
+        """The storage is not used until `activate`: every ring has stopped and every request has ended. May block.
+
+        ``unused``: nothing was read or written since the last `activate`, which is to be undone.
+        """
+
+    def look_for_heir(self) -> None:  # noqa: B027
+        """Let go of the storage if it is not used and another server has begun to wait for it. Any thread."""
+
+    def note_write_cache(self, *, on: bool) -> None:  # noqa: B027
+        """Keep for the next server whether the guest has its write cache on."""
 
     def resize(self, size: int) -> None:
         """Change the storage to ``size`` bytes. Raises `UsageError` when this kind of disk cannot. May block."""

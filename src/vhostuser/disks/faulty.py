@@ -11,6 +11,7 @@ from vhostuser.errors import UsageError
 
 if TYPE_CHECKING:
     from vhostuser._native import EngineSpec
+    from vhostuser.disks.custody import Holding, Takeover
     from vhostuser.disks.disk import Disk
 
 UNITS_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -113,6 +114,27 @@ class FaultyDisk(NativeDisk):
     def resize(self, size: int) -> None:
         """Resize the disk below."""
         self._disk.resize(size)
+
+    @property
+    def holding(self) -> Holding:
+        """Whose the disk below is."""
+        return self._disk.holding
+
+    def activate(self) -> Takeover | None:
+        """Have the disk below."""
+        return self._disk.activate()
+
+    def deactivate(self, *, unused: bool = False) -> None:
+        """The disk below is not used for now."""
+        self._disk.deactivate(unused=unused)
+
+    def look_for_heir(self) -> None:
+        """Let go of the disk below if it is waited for."""
+        self._disk.look_for_heir()
+
+    def note_write_cache(self, *, on: bool) -> None:
+        """Keep it with the disk below."""
+        self._disk.note_write_cache(on=on)
 
     def close(self) -> None:
         """Close the disk below."""

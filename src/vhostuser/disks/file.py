@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Final
 
 from vhostuser._native import EngineSpec
 from vhostuser.disks import storage
+from vhostuser.disks.custody import Custody, Holding, Takeover
 from vhostuser.disks.disk import MAX_SEGMENT, SECTOR, Capability, Limits, NativeDisk
 from vhostuser.disks.locks import QUIET_S, Patience, lock_image
 from vhostuser.errors import OperatorError, UsageError
@@ -20,6 +22,9 @@ ENGINES: Final = ("auto", "io_uring", "syscalls")
 MAX_WRITTEN_ZEROES: Final = 16 << 20
 """The longest zero segment, in bytes, where the kernel has to write the zeroes."""
 
+ELSEWHERE: Final = 1 << 40
+"""So far behind the end of an image that another server may be resizing just now, nothing of it can be hit."""
+
 
 class FileDisk(NativeDisk):
     """The bytes of a regular file or of a block device, moved by io_uring or by plain system calls."""
@@ -27,6 +32,7 @@ class FileDisk(NativeDisk):
     def __init__(
         self, path: str | os.PathLike[str], *, read_only: bool = False, cache: str = "writeback",
         engine: str = "auto", lock: bool = True, lock_timeout_s: float = QUIET_S, place: str = "",
+        incoming: bool = False,
     ) -> None:  # fmt: skip
         """Open and lock the storage, and ask the kernel what it can do.
 
@@ -34,7 +40,8 @@ class FileDisk(NativeDisk):
         cache of the host (O_DIRECT) with the write cache on. ``engine``: "io_uring", "syscalls", or "auto" for the
         first that the kernel allows. ``lock=False`` neither locks a file nor opens a block device exclusively.
         ``lock_timeout_s``: how long to wait for another program to let go of it, blocking. ``place``: what it is served
-        on, if anything; among readers, who share an image, those of one place follow each other.
+        on, if anything; among readers, who share an image, those of one place follow each other. ``incoming``: another
+        server may have the storage until `activate`; who only reads has nothing to wait for.
         Raises `UsageError` for an unknown mode and `OperatorError` when the storage cannot be served so.
         """
         if cache not in CACHES or engine not in ENGINES:
@@ -47,17 +54,23 @@ class FileDisk(NativeDisk):
         self._is_device = self._kind()
         self.fenced = lock
         patience = Patience(self._path, lock_timeout_s)
-        self._fd = self._open(read_only, lock, patience)
-        try:
-            if lock:
-                lock_image(self._fd.fileno(), self._path, writable=not read_only, patience=patience, place=place)
+        self._incoming = incoming and lock and not read_only
+        self._custody: Custody | None = None
+        with ExitStack() as undo:
+            self._fd = undo.enter_context(self._open(read_only, lock, patience))
+            self._flushed = Fd(os.open(f"/proc/self/fd/{self._fd.fileno()}", os.O_RDONLY | os.O_CLOEXEC))
+            undo.callback(self._flushed.close)
+            if lock and read_only:
+                lock_image(self._fd.fileno(), self._path, writable=False, patience=patience, place=place)
+            elif lock:
+                self._custody = Custody(
+                    self._fd.fileno(), self._path, incoming=self._incoming, patience=patience,
+                    timeout_s=lock_timeout_s, place=place, flush=self.flush,
+                )  # fmt: skip
             self._limits = self._find_limits()
             self.capabilities = self._find_capabilities(read_only)
             self._engine: EngineSpec | None = self._make_engine(engine)
-            self._flushed = Fd(os.open(f"/proc/self/fd/{self._fd.fileno()}", os.O_RDONLY | os.O_CLOEXEC))
-        except BaseException:
-            self._fd.close()
-            raise
+            undo.pop_all()
 
     @property
     def name(self) -> str:
@@ -102,6 +115,10 @@ class FileDisk(NativeDisk):
             raise UsageError(
                 self._path, "it is served read-only and keeps its size", "Resize the file yourself, then refresh"
             )
+        if self.holding is not Holding.HELD:
+            raise UsageError(
+                self._path, "another server has it while it is handed over", "Resize it there, or wait for it"
+            )
         if self._is_device:
             raise UsageError(
                 self._path, "a block device is not resized by us", "Resize the volume with its own tools, then refresh"
@@ -110,6 +127,31 @@ class FileDisk(NativeDisk):
             raise UsageError(self._path, f"{size} bytes are less than one sector", "Give a larger size")
         os.ftruncate(self._fd.fileno(), size)
         self._sized(size)
+
+    @property
+    def holding(self) -> Holding:
+        """Whose the image is; ours where nothing is locked."""
+        return self._custody.holding if self._custody is not None else Holding.HELD
+
+    def activate(self) -> Takeover | None:
+        """Take the locks of the image unless we have them. Raises `OperatorError` when they are not to be had in the
+        time that was given when it was opened."""
+        return self._custody.take() if self._custody is not None else None
+
+    def deactivate(self, *, unused: bool = False) -> None:
+        """Flush and drop the locks if another server waits for the image; keep it when it cannot be flushed."""
+        if self._custody is not None:
+            self._custody.give(unused=unused)
+
+    def look_for_heir(self) -> None:
+        """`deactivate` again, if it is not used."""
+        if self._custody is not None:
+            self._custody.look()
+
+    def note_write_cache(self, *, on: bool) -> None:
+        """Lock the byte that says that the cache is off, or unlock it."""
+        if self._custody is not None:
+            self._custody.note_cache(off=not on)
 
     def close(self) -> None:
         """Close our descriptor. Queues made from the engine have duplicates: the lock lasts until they are closed and
@@ -138,7 +180,11 @@ class FileDisk(NativeDisk):
                 break
             except OSError as error:
                 # A block device stays busy until the last request of a killed predecessor has ended.
-                if error.errno == errno.EBUSY and patience.lasts("another program or the host itself uses the device"):
+                if (
+                    error.errno == errno.EBUSY
+                    and not self._incoming
+                    and patience.lasts("another program or the host itself uses the device")
+                ):
                     continue
                 raise self._unopened(error, read_only=read_only) from error
         if self._is_device and not read_only and storage.block_device_number(fd.fileno(), storage.BLKROGET):
@@ -149,7 +195,10 @@ class FileDisk(NativeDisk):
 
     def _unopened(self, error: OSError, *, read_only: bool) -> OperatorError:
         cause = f"cannot be opened: {os.strerror(error.errno or 0)}"
-        if error.errno == errno.EBUSY:
+        if error.errno == errno.EBUSY and self._incoming:
+            cause = "it is in use on this host, and a block device is handed over to another host only"
+            advice = "Serve a file instead, or both servers without locking (--no-lock) if you know what you do"
+        elif error.errno == errno.EBUSY:
             advice = "Something uses this device: unmount it, or stop the other program"
         elif error.errno == errno.EINVAL and self._direct:
             cause, advice = "its file system has no direct I/O", "Use another mode than --cache none"
@@ -201,7 +250,7 @@ class FileDisk(NativeDisk):
             return able | Capability.DISCARD if storage.queue_number(fd, "discard_max_bytes") else able
         able |= Capability.RESIZE
         zeroes = MAX_SEGMENT if storage.can_zero_ranges(self._path) else MAX_WRITTEN_ZEROES
-        punches = storage.can_punch_holes(fd)
+        punches = storage.can_punch_holes(fd, beyond=ELSEWHERE if self._incoming else 0)
         self._limits = replace(self._limits, max_write_zeroes=zeroes, write_zeroes_may_unmap=punches)
         return able | Capability.DISCARD if punches else able
 

@@ -43,13 +43,13 @@ def parse_size(text: str) -> int:
 
 def open_disk(
     text: str, *, read_only: bool = False, cache: str = "writeback", engine: str = "auto",
-    lock: bool = True, lock_timeout_s: float = QUIET_S, place: str = "",
+    lock: bool = True, lock_timeout_s: float = QUIET_S, place: str = "", incoming: bool = False,
 ) -> Disk:  # fmt: skip
     """Open the disk that ``text`` names: a path, ``memory:size=1G`` or ``null:size=1T``.
 
     ``cache`` is "writeback", "writethrough" or "none"; ``engine`` ("auto", "io_uring", "syscalls"), ``lock``,
-    ``lock_timeout_s`` and ``place`` matter for files and block devices only, see `FileDisk`. Write ``./memory:x`` for a
-    file of such a name. The caller closes the disk.
+    ``lock_timeout_s``, ``place`` and ``incoming`` matter for files and block devices only, see `FileDisk`. Write
+    ``./memory:x`` for a file of such a name. The caller closes the disk.
     Raises `UsageError` for a text or an option that makes no sense, `OperatorError` when storage cannot be served.
     """
     if cache not in CACHES:
@@ -70,8 +70,9 @@ def open_disk(
     if not text:
         raise UsageError("disk", "the name is empty", "Give a path, memory:size=1G or null:size=1T")
     return FileDisk(
-        text, read_only=read_only, cache=cache, engine=engine, lock=lock, lock_timeout_s=lock_timeout_s, place=place
-    )
+        text, read_only=read_only, cache=cache, engine=engine, lock=lock, lock_timeout_s=lock_timeout_s, place=place,
+        incoming=incoming,
+    )  # fmt: skip
 
 
 def _size_option(text: str, options: str) -> int:

@@ -74,10 +74,10 @@ def direct_alignment(fd: int) -> tuple[int, int]:
     return size, size
 
 
-def can_punch_holes(fd: int) -> bool:
-    """Whether the file system can deallocate a part of the writable file ``fd``, found out behind its end."""
-    beyond = (os.fstat(fd).st_size // 4096 + 1) * 4096
-    return _fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, beyond, 4096) == 0
+def can_punch_holes(fd: int, *, beyond: int = 0) -> bool:
+    """Whether the file system can deallocate a part of the writable file ``fd``, found out ``beyond`` its end."""
+    place = (os.fstat(fd).st_size // 4096 + 1) * 4096 + beyond
+    return _fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, place, 4096) == 0
 
 
 def can_zero_ranges(path: str) -> bool:

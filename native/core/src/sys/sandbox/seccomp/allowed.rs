@@ -38,6 +38,7 @@ pub(super) const ALWAYS: &[c_long] = &[
     libc::SYS_fdatasync,
     libc::SYS_fsync,
     libc::SYS_fallocate,
+    libc::SYS_fadvise64,
     libc::SYS_ftruncate,
     libc::SYS_lseek,
     libc::SYS_close,
