@@ -38,6 +38,10 @@ MAX_QUEUE_SIZE: Final = 32768
 """The largest ring of the virtio specification."""
 
 
+LOOK_S: Final = 1.0
+"""How often `Device.look_for_heir` is called while no ring runs: nothing tells us when somebody begins to wait."""
+
+
 class ConfigNotice(Enum):
     """What became of the news that the configuration changed. The value is a sentence for a person."""
 
@@ -145,9 +149,9 @@ class Device(ABC):
         ``unused``: no ring has run since `activate`, which is to be undone.
         """
 
-    def look_for_heir(self) -> None:  # noqa: B027
-        """Let go of the storage if no ring runs and another server waits for it. Called now and then by the server's
-        thread."""
+    def look_for_heir(self) -> bool:
+        """Let go of the storage if no ring runs and another server waits for it; whether to look again in a while."""
+        return False
 
     def reset(self) -> None:  # noqa: B027
         """Return to the initial state: the driver reset the device, or its connection ended. All rings are stopped."""

@@ -11,16 +11,14 @@ import selectors
 import threading
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import Final, Self
 
+from vhostuser.backend.device import LOOK_S, Device
 from vhostuser.backend.ring_messages import MAX_MEM_SLOTS
 from vhostuser.backend.session import Session
 from vhostuser.errors import DrainTimeout, SetupError, VhostUserError
 from vhostuser.fds import Fd
 from vhostuser.transport import Listener, Transport
-
-if TYPE_CHECKING:
-    from vhostuser.backend.device import Device
 
 FDS_PER_REGION: Final = 3
 """One received, one duplicated for the mapping, and those of the table that is being replaced."""
@@ -31,8 +29,6 @@ ACCEPT_PAUSE_S: Final = 1.0
 """How long to wait when no connection can be accepted, as when there are too many open files."""
 REST_PAUSE_S: Final = 0.001
 """How often to look whether storage is at rest."""
-LOOK_S: Final = 1.0
-"""How often it is looked whether another server waits for the storage: nothing tells us when one begins to."""
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +70,7 @@ class Server:
         self._session_over = threading.Event()
         self._waiting: Transport | None = None
         self._waiting_until = 0.0
+        self._looking = True  # for an heir of the storage; while there is a session it is for that to look
         self._served = False
         self._thread: threading.Thread | None = None
         raise_fd_limit(device.num_queues)
@@ -258,13 +255,12 @@ class Server:
             os.eventfd_write(self._wake.fileno(), 1)
 
     def _look_after(self) -> None:
-        """See whether the session has ended, whether the one who waits may begin or has waited enough, and whether
-        another server waits for the storage."""
-        self._device.look_for_heir()
+        """See whether the session has ended, and whether the one who waits may begin or has waited enough."""
         if self._session_thread is not None and self._session_over.is_set():
             self._session_thread.join()
             self._session_thread = self._session = None
         if self._waiting is None:
+            self._looking = self._session is None and self._device.look_for_heir()
             return
         if self._session is None:
             waiting, self._waiting = self._waiting, None
@@ -273,9 +269,10 @@ class Server:
             waiting, self._waiting = self._waiting, None
             self._refuse(waiting, f"storage has not come to rest for {self._drain_timeout_s:.0f} s")
 
-    def _patience(self) -> float:
-        waiting = self._waiting is not None
-        return min(LOOK_S, max(0.0, self._waiting_until - time.monotonic())) if waiting else LOOK_S
+    def _patience(self) -> float | None:
+        if self._waiting is not None:
+            return max(0.0, self._waiting_until - time.monotonic())
+        return LOOK_S if self._looking else None
 
     def _end(self) -> None:
         if self._session is not None:

@@ -13,7 +13,7 @@ import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
-from vhostuser.backend.device import SESSION_FEATURES, ConfigNotice, Device
+from vhostuser.backend.device import LOOK_S, SESSION_FEATURES, ConfigNotice, Device
 from vhostuser.backend.hints import SHARE_HINT, SharingCheck
 from vhostuser.backend.inflight import Keepsake, make_region, take_region
 from vhostuser.backend.news import News
@@ -152,10 +152,18 @@ class Session:
         watch(self._device.queues.events_fd, selectors.EVENT_READ, self._take_events)
         watch(self._wake, selectors.EVENT_READ, self._take_mail)
         while not self._connection.closed and not self._stopping:
-            for key, _ in self._selector.select(self._sharing.patience_s()):
+            for key, _ in self._selector.select(self._patience_s()):
                 handle: Callable[[], None] = key.data
                 handle()
             self._sharing.look_again()
+
+    def _patience_s(self) -> float | None:
+        """How long to wait for the peer before something else is due; None: for ever, as while rings run."""
+        looks = not self._rings.running and self._device.look_for_heir()
+        waits = [LOOK_S] * looks
+        if (patience := self._sharing.patience_s()) is not None:
+            waits.append(patience)
+        return min(waits, default=None)
 
     def _receive(self) -> None:
         data, fds = self._transport.receive(self._connection.want)

@@ -217,9 +217,9 @@ class BlockDevice(Device):
         """Let another server have the image, if one waits for it."""
         self._disk.deactivate(unused=unused)
 
-    def look_for_heir(self) -> None:
+    def look_for_heir(self) -> bool:
         """Likewise, if no ring runs."""
-        self._disk.look_for_heir()
+        return self._disk.look_for_heir()
 
     def reset(self) -> None:
         """Forget the driver's choices, but let a write cache that it switched off stay off.

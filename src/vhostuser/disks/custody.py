@@ -143,16 +143,21 @@ class Custody:
                 self._undo(self._before)
             self._lend()
 
-    def look(self) -> None:
-        """Let go of an image that is not used if somebody waits by now. Does not wait for a `take` or `give`."""
+    def look(self) -> bool:
+        """Let go of an image that is not used if somebody waits by now. Does not wait for a `take` or `give`.
+
+        Returns whether there may be something to do later, although nobody calls `take` or `give`.
+        """
         if not self._lock.acquire(blocking=False):
-            return
+            return True
         try:
             if not self._used:
                 self._lend()
             if self._holding is Holding.LENT and taken(self._fd, LENDER):
                 drop(self._fd, CACHE_OFF)  # who has the image by now has seen it, and shows its own
                 drop(self._fd, GIVEN)
+                return False
+            return not self._used and self._holding is not Holding.WAITING
         finally:
             self._lock.release()
 

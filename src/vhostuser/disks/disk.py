@@ -132,8 +132,12 @@ class Disk(ABC):
         ``unused``: nothing was read or written since the last `activate`, which is to be undone.
         """
 
-    def look_for_heir(self) -> None:  # noqa: B027
-        """Let go of the storage if it is not used and another server has begun to wait for it. Any thread."""
+    def look_for_heir(self) -> bool:
+        """Let go of the storage if it is not used and another server has begun to wait for it. Any thread.
+
+        Returns whether it is worth looking again after a while: nothing tells us when one begins.
+        """
+        return False
 
     def note_write_cache(self, *, on: bool) -> None:  # noqa: B027
         """Keep for the next server whether the guest has its write cache on."""

@@ -128,9 +128,9 @@ class FaultyDisk(NativeDisk):
         """The disk below is not used for now."""
         self._disk.deactivate(unused=unused)
 
-    def look_for_heir(self) -> None:
+    def look_for_heir(self) -> bool:
         """Let go of the disk below if it is waited for."""
-        self._disk.look_for_heir()
+        return self._disk.look_for_heir()
 
     def note_write_cache(self, *, on: bool) -> None:
         """Keep it with the disk below."""

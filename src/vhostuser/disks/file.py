@@ -143,10 +143,9 @@ class FileDisk(NativeDisk):
         if self._custody is not None:
             self._custody.give(unused=unused)
 
-    def look_for_heir(self) -> None:
+    def look_for_heir(self) -> bool:
         """`deactivate` again, if it is not used."""
-        if self._custody is not None:
-            self._custody.look()
+        return self._custody is not None and self._custody.look()
 
     def note_write_cache(self, *, on: bool) -> None:
         """Lock the byte that says that the cache is off, or unlock it."""
