@@ -9,6 +9,7 @@ import base64
 import json
 import re
 import socket
+import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ Json: TypeAlias = dict[str, object]
 CHUNK: Final = 1 << 16
 ANSWER_S: Final = 30.0
 MARK: Final = b"\x1e"
+REPEAT_S: Final = 20.0
+"""How long an answer is waited for before the command is sent again."""
 
 
 class CommandError(AssertionError):
@@ -76,6 +79,15 @@ class Stream:
         while (end := self._buffer.find(b"\n")) < 0:
             self._fill(deadline)
         return self._take(end + 1)[:-1]
+
+    def has_line(self, limit_s: float) -> bool:
+        """Whether a whole line is there or comes within ``limit_s``."""
+        until = time.monotonic() + limit_s
+        while b"\n" not in self._buffer:
+            if not readable([self._socket], max(0.0, until - time.monotonic())):
+                return False
+            self._fill(Deadline(1.0))
+        return True
 
     def exactly(self, size: int, deadline: Deadline) -> bytes:
         """The next ``size`` bytes."""
@@ -179,23 +191,44 @@ class Shell:
 
     def post(self, script: str) -> None:
         """Have ``script`` run without waiting for an answer: for what ends the guest."""
-        self._stream.send(f"posted {base64.b64encode(script.encode()).decode()}\n".encode())
+        self._number += 1
+        mark = f"posted-{self._number}"
+        self._stream.send(f"{mark} {base64.b64encode(script.encode()).decode()} {mark}\n".encode())
 
     def attempt(self, script: str, limit_s: float) -> Result:
         """Run ``script`` with busybox's shell; returns its exit status and what it wrote to both outputs."""
         self._number += 1
         mark = f"{self._number:d}-{self._boot[:8]}"
-        self._stream.send(f"{mark} {base64.b64encode(script.encode()).decode()}\n".encode())
+        command = f"{mark} {base64.b64encode(script.encode()).decode()} {mark}\n".encode()
         deadline = Deadline(limit_s)
         try:
-            while not (line := self._stream.line(deadline)).startswith(MARK + mark.encode()):
-                if line.startswith(MARK + b"ready"):
-                    raise RestartError(f"the guest restarted during `{script}`")
+            answer = self._ask(command, MARK + mark.encode(), deadline)
         except TimeoutError as error:
             raise TimeoutError(f"`{script}` did not end in the guest within {limit_s} s: {error}") from None
-        _, status, length = line.split()
+        if answer is None:
+            raise RestartError(f"the guest restarted during `{script}`")
+        _, status, length = answer.split()
         output = self._stream.exactly(int(length), deadline)
         return Result(int(status), output.decode(errors="replace"))
+
+    def _ask(self, command: bytes, mark: bytes, deadline: Deadline) -> bytes | None:
+        """The line that answers ``command``; None when the guest says that it starts.
+
+        A serial line may lose a byte of the command or of its answer, once in many thousand: the command is sent again
+        after a while, and again after twice as long. The guest runs it once (see ``init.sh``).
+        """
+        patience_s = REPEAT_S
+        self._stream.send(command)
+        while True:
+            if not self._stream.has_line(min(patience_s, deadline.left_s)) and deadline.left_s:
+                self._stream.send(b"\n" + command)
+                patience_s *= 2
+                continue
+            line = self._stream.line(deadline)
+            if line.startswith(MARK + b"ready"):
+                return None
+            if mark in line:
+                return line[line.index(mark) :]
 
     def close(self) -> None:
         """Close the connection."""
