@@ -25,6 +25,7 @@ PROTOCOL_FEATURES: Final = (
     | ProtocolFeature.INFLIGHT_SHMFD
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
+    | ProtocolFeature.GET_VRING_BASE_INFLIGHT
 )
 """What the session carries out."""
 

@@ -39,6 +39,7 @@ from vhostuser.protocol import (
     Inflight,
     Message,
     Payload,
+    ProtocolFeature,
     Refused,
     Role,
     describe,
@@ -235,8 +236,10 @@ class Session:
                 rings.set_features(features)
             case Message(Req.GET_PROTOCOL_FEATURES):
                 return U64(device.protocol_features)
-            case Message(Req.SET_PROTOCOL_FEATURES | Req.SET_OWNER):
-                pass  # the connection keeps the features; an owner is one whoever it is
+            case Message(Req.SET_PROTOCOL_FEATURES, U64(chosen)):  # the connection keeps them
+                rings.leaves = ProtocolFeature.GET_VRING_BASE_INFLIGHT in ProtocolFeature(chosen)
+            case Message(Req.SET_OWNER):
+                pass  # an owner is one whoever it is
             case Message(Req.RESET_OWNER):
                 log.info("%s: RESET_OWNER does nothing, as the specification advises", device.name)
             case Message(Req.GET_QUEUE_NUM):

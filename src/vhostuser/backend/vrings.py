@@ -41,6 +41,7 @@ class Vrings:
         self._states = [RingState()] * queues.num_queues
         self._plans: list[RingPlan[Fd]] = [RingPlan()] * queues.num_queues
         self._running: set[int] = set()
+        self._tracked: set[int] = set()
         self._enable_seen = False
         self._kept_timeout_s = drain_timeout_s
         self.memory = GuestMemory()
@@ -52,6 +53,8 @@ class Vrings:
         """The bits of the last SET_FEATURES, virtio's and the protocol's."""
         self.resting = False
         """No ring takes anything, whatever its state says."""
+        self.leaves = False
+        """GET_VRING_BASE leaves in the in-flight region what storage has not got (GET_VRING_BASE_INFLIGHT)."""
 
     def state(self, index: int) -> RingState:
         """The two bits of ring ``index``."""
@@ -201,11 +204,12 @@ class Vrings:
     def get_base(self, index: int) -> int:
         """GET_VRING_BASE: stop the ring, wait until what it took is done, and return its next index.
 
-        A ring that does not run, or is broken, answers its base. Raises `DrainTimeout`.
+        With `leaves`, and a region to leave it in, what storage has not been given yet or has failed and is kept counts
+        as taken and is not answered. A ring that does not run, or is broken, answers its base. Raises `DrainTimeout`.
         """
         base = self._plans[self._checked(index)].base
         if index in self._running:
-            base = self._stop(index, self._drain_timeout_s)
+            base = self._stop(index, self._drain_timeout_s, leave=self.leaves and index in self._tracked)
             self._rest_if_idle()
         self._states[index] = self._states[index].after(RingEvent.GET_BASE)
         self._forget_kick(index, base)
@@ -324,6 +328,8 @@ class Vrings:
             inflight=self.inflight,
         )
         self._running.add(index)
+        if self.inflight is not None:
+            self._tracked.add(index)
 
     def _rest_if_idle(self, *, unused: bool = False) -> None:
         """Once no ring runs, nothing of the storage is used, and somebody else may have it."""
@@ -339,6 +345,7 @@ class Vrings:
         # A hypervisor stops one ring after the other and waits: for failed requests of all of them no longer than once.
         self._kept_timeout_s = max(0.0, self._kept_timeout_s - (time.monotonic() - begin))
         self._running.discard(index)
+        self._tracked.discard(index)
         return base
 
     def _forget_kick(self, index: int, base: int) -> None:
