@@ -25,6 +25,7 @@ PROTOCOL_FEATURES: Final = (
     | ProtocolFeature.INFLIGHT_SHMFD
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
+    | ProtocolFeature.DEVICE_STATE
     | ProtocolFeature.GET_VRING_BASE_INFLIGHT
 )
 """What the session carries out."""
@@ -68,6 +69,9 @@ class Device(ABC):
     has_config: ClassVar[bool] = False
     """Whether there is a configuration space; QEMU warns about the offer of one that it knows the type not to have."""
 
+    has_state: ClassVar[bool] = False
+    """Whether `save_state` and `load_state` mean something."""
+
     max_queue_size: int = MAX_QUEUE_SIZE
     """The largest ring it serves, in entries."""
 
@@ -94,7 +98,8 @@ class Device(ABC):
     @property
     def protocol_features(self) -> ProtocolFeature:
         """The protocol features offered to front-ends, the same at any time; never more than `PROTOCOL_FEATURES`."""
-        return PROTOCOL_FEATURES if self.has_config else PROTOCOL_FEATURES & ~ProtocolFeature.CONFIG
+        lacking = ProtocolFeature(0) if self.has_config else ProtocolFeature.CONFIG
+        return PROTOCOL_FEATURES & ~(lacking if self.has_state else lacking | ProtocolFeature.DEVICE_STATE)
 
     @property
     def fenced(self) -> bool:
@@ -153,6 +158,21 @@ class Device(ABC):
     def look_for_heir(self) -> bool:
         """Let go of the storage if no ring runs and another server waits for it; whether to look again in a while."""
         return False
+
+    def save_state(self) -> bytes:
+        """What another device of the same type has to know to go on here, beside storage, rings and requests.
+
+        All rings are stopped; the device may go on itself afterwards. At most 1 MiB.
+        """
+        return b""
+
+    def load_state(self, state: bytes) -> None:
+        """Go on where the device was whose `save_state` this is. No ring runs.
+
+        Raises `ConfigRefused` for a state that is damaged, unknown, or of a device that does not fit; nothing is
+        changed then.
+        """
+        raise ConfigRefused("this type of device has no state")
 
     def reset(self) -> None:  # noqa: B027
         """Return to the initial state: the driver reset the device, or its connection ended. All rings are stopped."""

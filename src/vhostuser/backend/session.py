@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
 from vhostuser.backend.device import LOOK_S, SESSION_FEATURES, ConfigNotice, Device
+from vhostuser.backend.device_state import DeviceState
 from vhostuser.backend.hints import SHARE_HINT, SharingCheck
 from vhostuser.backend.inflight import Keepsake, make_region, take_region
 from vhostuser.backend.news import News
@@ -35,6 +36,8 @@ from vhostuser.protocol import (
     U64,
     Config,
     Connection,
+    DeviceStateParams,
+    DeviceStateReply,
     FrontendRequest,
     Inflight,
     Message,
@@ -95,6 +98,7 @@ class Session:
         self._stopping = False
         self._resting = False
         self._status = 0
+        self._state = DeviceState(device, self._rings, timeout_s=drain_timeout_s)
         self._keepsake: Keepsake | None = None
         self._open = True
 
@@ -257,6 +261,13 @@ class Session:
             case Message(Req.SET_CONFIG, Config(offset, _, flags, data)):
                 device.write_config(offset, data, flags)
                 self._keep()
+            case Message(Req.SET_DEVICE_STATE_FD, DeviceStateParams(direction), (fd,)):
+                self._state.begin(direction, fd.duplicate())
+                return DeviceStateReply.of()
+            case Message(Req.CHECK_DEVICE_STATE):
+                self._state.check(lambda: self._stopping or self._transport.peer_hung_up())
+                self._keep()
+                return U64(0)
             case Message(Req.RESET_DEVICE):
                 self._reset()
             case Message(Req.GET_STATUS):
@@ -327,7 +338,7 @@ class Session:
     def _end(self) -> None:
         """Give everything back. The connection is closed first unless it is we who leave."""
         with ExitStack() as last:
-            for step in (self._let_go, self._device.reset, self._rings.close, self._news.close):
+            for step in (self._let_go, self._device.reset, self._rings.close, self._news.close, self._state.close):
                 last.callback(step)
             last.callback(self._device.attach, None)
             last.callback(self._hang_up)

@@ -8,17 +8,18 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vhostuser._native import BlockQueues
 from vhostuser.backend.device import ConfigNotice, Device
+from vhostuser.blk.fitting import DiskState, StateError, misfit, overlaid
+from vhostuser.blk.information import information
 from vhostuser.blk.policy import ErrorPolicy, RateLimit
-from vhostuser.blk.shape import DEFAULT_SEG_MAX, Options, block_size_of, config_of, features_of
+from vhostuser.blk.shape import DEFAULT_SEG_MAX, Options, block_size_of, config_of, features_of, whole_sectors
 from vhostuser.disks.disk import Capability, Disk
-from vhostuser.errors import ConfigRefused, OperatorError, UsageError
+from vhostuser.errors import ConfigRefused, OperatorError
 from vhostuser.virtio.blk import DEVICE_ID, SECTOR, WRITEBACK_OFFSET, BlkFeature
-from vhostuser.virtio.features import feature_names
 
 if TYPE_CHECKING:
     from vhostuser._native import InFlight
@@ -34,6 +35,7 @@ class BlockDevice(Device):
 
     device_id = DEVICE_ID
     has_config = True
+    has_state = True
 
     def __init__(
         self,
@@ -158,29 +160,25 @@ class BlockDevice(Device):
             return self._config.read(offset, size)
 
     def write_config(self, offset: int, data: bytes, flags: int) -> None:
-        """Let the driver switch its write cache: byte 32, 0 or 1, whatever ``flags`` says. All else is refused.
+        """Let the driver switch its write cache: byte 32, 0 or 1, whatever ``flags`` says.
 
-        Switching it off puts what was written so far on stable storage, and waits for that.
+        Switching it off puts what was written so far on stable storage, and waits for that. With ``flags`` (a live
+        migration's) any other range is what the driver knew before, and refused when it does not fit. All else is
+        refused.
         """
-        if offset != WRITEBACK_OFFSET or len(data) != 1:
-            raise ConfigRefused(
-                f"a driver may write byte {WRITEBACK_OFFSET} (writeback) of the configuration, "
-                f"not {len(data)} bytes at {offset}"
-            )
+        if (offset, len(data)) != (WRITEBACK_OFFSET, 1):
+            if not flags:
+                raise ConfigRefused(
+                    f"a driver may write byte {WRITEBACK_OFFSET} (writeback) of the configuration, "
+                    f"not {len(data)} bytes at {offset}"
+                )
+            self._restore(offset, data)
+            return
         if data[0] > 1:
             raise ConfigRefused(f"writeback is 0 or 1, not {data[0]}")
-        if self._acked is not None and not self._acked & BlkFeature.CONFIG_WCE:
+        if not self._may_switch:
             raise ConfigRefused("the driver did not accept VIRTIO_BLK_F_CONFIG_WCE and may not switch its write cache")
-        before = self._wanted_writeback
-        self._want_writeback(bool(data[0]))
-        try:
-            self._set_writeback(self._wanted_writeback)
-        except OSError as error:
-            self._want_writeback(before)
-            self._set_writeback(before)
-            raise ConfigRefused(
-                f"the write cache stays on: what it holds cannot be stored ({os.strerror(error.errno or 0)})"
-            ) from error
+        self._switch_writeback(bool(data[0]))
 
     def features_acked(self, features: int) -> None:
         """Take the write cache mode that follows from the choice (virtio: Block Device, Device Operation)."""
@@ -240,6 +238,22 @@ class BlockDevice(Device):
         self._want_writeback(False)
         if self._acked is not None:
             self.features_acked(self._acked)
+
+    def save_state(self) -> bytes:
+        """The mode of the write cache and the configuration, as `DiskState`."""
+        with self._lock:
+            return DiskState(self._features, self._wanted_writeback, self._config).pack()
+
+    def load_state(self, state: bytes) -> None:
+        """Take over the mode of the write cache from a disk that this one can stand in for."""
+        try:
+            told = DiskState.unpack(state)
+        except StateError as error:
+            raise ConfigRefused(f"the state is refused: {error}") from error
+        self._look_at_size()
+        if (cause := told.misfit(self._config, self._features)) is not None:
+            raise ConfigRefused(f"the state is of another disk: {cause}")
+        self._adopt_writeback(told.writeback)
 
     def resize(self, size: int) -> ConfigNotice:
         """Make the disk ``size`` bytes large, storage included, and tell the guest. Any thread; may wait for storage.
@@ -308,40 +322,56 @@ class BlockDevice(Device):
 
     def info(self) -> dict[str, object]:
         """What a person wants to know about the disk, ready for JSON. Any thread."""
-        config = self._config
-        return {
-            "disk": self.name,
-            "engine": engine.name if (engine := self._disk.engine()) is not None else None,
-            "size": self.size,
-            "block_size": self._block_size,
-            "physical_block_size": self._block_size << config.physical_block_exp,
-            "read_only": self.read_only,
-            "writeback": self._writeback,
-            "image": self._disk.holding.value,
-            "flush_failed": self._queues.flush_failed,
-            "on_error": self._errors.on_error.value,
-            "on_enospc": self._errors.on_enospc.value,
-            "rate_limit": asdict(self.rate_limit),
-            "num_queues": self.num_queues,
-            "connected": self.connected,
-            "features_offered": feature_names(self._features, BlkFeature),
-            "features_acked": feature_names(self._acked, BlkFeature) if self._acked is not None else None,
-        }
+        return information(self, self._config, self._acked)
 
     def _whole_sectors(self, size: int) -> int:
-        blocks, tail = divmod(size, self._block_size)
-        if blocks == 0:
-            raise UsageError(
-                self._disk.name,
-                f"{size} bytes are less than one block of {self._block_size}",
-                "Make the disk larger, or its block size smaller",
-            )
+        sectors, tail = whole_sectors(self._disk.name, size, self._block_size)
         if tail:
-            log.warning(
-                "%s: the last %d bytes do not fill a block of %d and are not served",
-                self._disk.name, tail, self._block_size,
-            )  # fmt: skip
-        return blocks * self._block_size // SECTOR
+            left = "%s: the last %d bytes do not fill a block of %d and are not served"
+            log.warning(left, self._disk.name, tail, self._block_size)
+        return sectors
+
+    def _restore(self, offset: int, data: bytes) -> None:
+        """Go on as the disk whose configuration has ``data`` at ``offset``."""
+        self._look_at_size()
+        told = overlaid(self._config, offset, data)
+        if told is None:
+            raise ConfigRefused(f"there is no configuration in {len(data)} bytes at {offset}")
+        if (cause := misfit(told, self._config, self._features)) is not None:
+            raise ConfigRefused(f"the configuration is of another disk: {cause}")
+        if told.writeback != self._config.writeback and self._may_switch:
+            self._adopt_writeback(bool(told.writeback))
+
+    def _look_at_size(self) -> None:
+        try:
+            self.refresh()
+        except (OperatorError, OSError) as error:
+            raise ConfigRefused(f"nobody knows whether the disk fits: {error}") from error
+
+    @property
+    def _may_switch(self) -> bool:
+        return self._acked is None or bool(self._acked & BlkFeature.CONFIG_WCE)
+
+    def _adopt_writeback(self, on: bool) -> None:
+        """Have the write cache as the driver had it elsewhere."""
+        before = self._writeback
+        self._switch_writeback(on)
+        if self._acked is not None:
+            self.features_acked(self._acked)
+        if self._writeback != before:
+            self.config_changed()
+
+    def _switch_writeback(self, on: bool) -> None:
+        before = self._wanted_writeback
+        self._want_writeback(on)
+        try:
+            self._set_writeback(on)
+        except OSError as error:
+            self._want_writeback(before)
+            self._set_writeback(before)
+            raise ConfigRefused(
+                f"the write cache stays on: what it holds cannot be stored ({os.strerror(error.errno or 0)})"
+            ) from error
 
     def _want_writeback(self, on: bool) -> None:
         self._wanted_writeback = on

@@ -53,6 +53,19 @@ class Options:
             )
 
 
+def whole_sectors(name: str, size: int, block_size: int) -> tuple[int, int]:
+    """How many sectors of a disk of ``size`` bytes are served, and how many bytes behind them are not.
+
+    Raises `UsageError` when it is less than one block of ``block_size``.
+    """
+    blocks, tail = divmod(size, block_size)
+    if blocks == 0:
+        raise UsageError(
+            name, f"{size} bytes are less than one block of {block_size}", "Make the disk larger, or its blocks smaller"
+        )
+    return blocks * block_size // SECTOR, tail
+
+
 def block_size_of(name: str, limits: Limits, options: Options) -> int:
     """The logical block size to serve, in bytes. Raises `OperatorError` when storage does not allow it."""
     size = options.block_size or limits.block_size
