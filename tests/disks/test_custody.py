@@ -169,6 +169,14 @@ def test_a_program_that_hands_nothing_over_is_not_waited_for(image: Path) -> Non
         FileDisk(image, incoming=True, lock_timeout_s=0)
 
 
+def test_a_program_that_only_has_it_open_is_no_server_to_wait_for(image: Path) -> None:
+    with FileDisk(image) as copying:
+        with pytest.raises(OperatorError, match="and will not hand it over"):
+            FileDisk(image, incoming=True, lock_timeout_s=0)
+        copying.look_for_heir()  # as a server does
+        FileDisk(image, incoming=True, lock_timeout_s=0).close()
+
+
 def test_a_third_server_is_refused_before_in_between_and_after(pair: Pair) -> None:
     for step in (lambda: None, pair.source.deactivate, pair.destination.activate):
         step()
@@ -244,8 +252,9 @@ class Failing(FileDisk):
 
 
 def test_what_cannot_be_stored_is_not_handed_over(image: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with Failing(image) as source, FileDisk(image, incoming=True, lock_timeout_s=0) as destination:
+    with Failing(image) as source, ExitStack() as stack:
         source.activate()
+        destination = stack.enter_context(FileDisk(image, incoming=True, lock_timeout_s=0))
         for leave in (source.deactivate, source.look_for_heir, source.look_for_heir):
             leave()
         assert source.holding is HELD
@@ -275,6 +284,7 @@ def test_readers_share_it_and_wait_for_nothing(image: Path) -> None:
 
 def test_faults_are_handed_over_with_the_disk_below(image: Path) -> None:
     had = FileDisk(image)
+    had.activate()
     waiting = FileDisk(image, incoming=True)
     with FaultyDisk(had, Faults()) as source, FaultyDisk(waiting, Faults()) as destination:
         source.activate()

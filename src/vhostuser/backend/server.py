@@ -105,6 +105,7 @@ class Server:
                 selector.register(self._wake, selectors.EVENT_READ)
                 if self._only is not None:
                     self._begin(self._only)
+                self._look_after()
                 while not self._stopping.is_set() and not (self._once and self._served and self._session is None):
                     self._watch_listener(selector)
                     for key, _ in selector.select(self._patience()):

@@ -90,13 +90,13 @@ class Custody:
         self._stuck = False
         self._cache_off = False
         self._before: Holding | None = None
+        self._offered = False
         if incoming:
             announce_heir(fd, path, patience)
             self._holding = Holding.WAITING
             log.info("%s: waiting for it: it is taken over when the first ring starts", path)
         else:
             lock_image(fd, path, writable=True, patience=patience, place=place)
-            hold(fd, LENDER)
             self._holding = Holding.HELD
 
     @property
@@ -112,6 +112,7 @@ class Custody:
         with self._lock:
             if self._holding is Holding.HELD:
                 self._used, self._before = True, None
+                self._offer()
                 return None
             patience = Patience(self._path, self._timeout_s)
             heir = self._holding is Holding.WAITING
@@ -124,7 +125,7 @@ class Custody:
             log.info("%s: taken %s", self._path, "over" if heir else "again")
             self._holding, self._used, self._before = Holding.HELD, True, self._holding
             self._show_cache()
-            hold(self._fd, LENDER)
+            self._offer()
             drop(self._fd, HEIR)
             drop(self._fd, GIVEN)
             # Another machine may have written what this one keeps in its memory from a time before.
@@ -151,6 +152,7 @@ class Custody:
         if not self._lock.acquire(blocking=False):
             return True
         try:
+            self._offer()
             if not self._used:
                 self._lend()
             if self._holding is Holding.LENT and taken(self._fd, LENDER):
@@ -175,13 +177,22 @@ class Custody:
         else:
             drop(self._fd, CACHE_OFF)
 
+    def _offer(self) -> None:
+        """Say that we would hand the image over: only programs that serve it ever do."""
+        if self._holding is Holding.HELD and not self._offered:
+            self._offered = hold(self._fd, LENDER)
+
+    def _withdraw(self) -> None:
+        drop(self._fd, LENDER)
+        self._offered = False
+
     def _undo(self, before: Holding) -> None:
         self._before = None
         if before is Holding.WAITING and not hold(self._fd, HEIR, exclusive=True):
             return  # yet another one waits: it is treated as any other
         self._holding = before
         waiting = before is Holding.WAITING
-        drop(self._fd, LENDER)
+        self._withdraw()
         if waiting:
             drop(self._fd, CACHE_OFF)
         else:
@@ -200,6 +211,6 @@ class Custody:
             return
         self._holding = Holding.LENT
         hold(self._fd, GIVEN)
-        drop(self._fd, LENDER)
+        self._withdraw()
         unlock_image(self._fd)
         log.info("%s: handed over to the server that waits for it", self._path)
