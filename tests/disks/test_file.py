@@ -206,6 +206,14 @@ def test_a_block_device_has_its_own_sizes_and_is_opened_exclusively(loop: Path) 
         assert disk.refresh() == SIZE
 
 
+def test_a_block_device_is_handed_over_to_another_host_alone(loop: Path) -> None:
+    """To a second host, here nobody, it looks as if nobody had it."""
+    with FileDisk(loop), pytest.raises(OperatorError, match="a block device is handed over to another host only"):
+        FileDisk(loop, incoming=True, lock_timeout_s=30)
+    with FileDisk(loop, incoming=True) as destination:
+        assert destination.activate() is not None
+
+
 def test_a_block_device_that_its_holder_gives_up_in_time_is_waited_for(loop: Path) -> None:
     holder = FileDisk(loop)
     timer = threading.Timer(0.1, holder.close)
