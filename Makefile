@@ -21,7 +21,7 @@ help:
 	@echo 'make test-native  the native tests alone'
 	@echo 'make restarts     twenty upgrades and restarts of each kind in a row under load (minutes)'
 	@echo 'make guest        the whole matrix of real guests (minutes)'
-	@echo 'make interop      real peers: qemu-img over libblkio, storage daemons, the rust-vmm crates (minutes)'
+	@echo 'make interop      real peers: qemu-img over libblkio, storage daemons, the rust-vmm crates, guests that migrate under QEMU 11.1 (minutes)'
 	@echo 'make packages     fetches what guests are made of into .cache (test, guest, demo and interop do it by themselves)'
 	@echo 'make bench        the benchmarks'
 	@echo 'make docs         the documentation, warnings are errors; needs a passing `make test` for its tables'
@@ -93,6 +93,7 @@ interop: build
 	@$(BIN)/python -m tests.guest.prepare sid || true
 	@$(BIN)/python -m tests.peers.daemons || true
 	$(BIN)/pytest -m interop tests/interop tests/peers
+	VHOSTUSER_QEMU=sid $(BIN)/pytest -m guest tests/guest/test_migration.py
 
 demo: build packages
 	@$(BIN)/python -m tests.guest.demo

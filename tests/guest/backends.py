@@ -45,6 +45,9 @@ class Export:
     engine: str | None = None
     inject: str | None = None
     on_enospc: str | None = None
+    incoming: bool = False
+    lock_timeout: float | None = None
+    rate_limit: str | None = None
 
 
 class Backend(ABC):
@@ -157,6 +160,7 @@ class Ours(Backend):
     def _options(self) -> list[str]:
         export = self.export
         words = ["--read-only"] if export.read_only else []
+        words += ["--incoming"] if export.incoming else []
         values = {
             "--queues": export.queues,
             "--serial": export.serial,
@@ -167,6 +171,8 @@ class Ours(Backend):
             "--engine": export.engine,
             "--inject": export.inject,
             "--on-enospc": export.on_enospc,
+            "--lock-timeout": export.lock_timeout,
+            "--rate-limit": export.rate_limit,
         }
         return words + [word for name, value in values.items() if value is not None for word in (name, str(value))]
 
@@ -221,17 +227,29 @@ class Forgetful(Ours):
 
     def program(self) -> list[str]:
         """Python with the feature taken out of the offer before the command runs."""
-        return [
-            sys.executable,
-            "-c",
-            "from vhostuser.blk import BlockDevice\n"
-            "from vhostuser.protocol import ProtocolFeature\n"
-            "from vhostuser.cli.main import main\n"
-            "offer = BlockDevice.protocol_features\n"
-            "without = lambda self: offer.fget(self) & ~ProtocolFeature.INFLIGHT_SHMFD\n"
-            "BlockDevice.protocol_features = property(without)\n"
-            "main()",
-        ]
+        return _spoiled(
+            "from vhostuser.blk import BlockDevice",
+            "from vhostuser.protocol import ProtocolFeature",
+            "offer = BlockDevice.protocol_features",
+            "without = lambda self: offer.fget(self) & ~ProtocolFeature.INFLIGHT_SHMFD",
+            "BlockDevice.protocol_features = property(without)",
+        )
+
+
+class Unlogged(Ours):
+    """``vhostuser serve`` that takes every dirty log and writes nothing into it."""
+
+    def program(self) -> list[str]:
+        """Python with the log dropped on its way to the rings."""
+        return _spoiled(
+            "from vhostuser.backend.vrings import Vrings",
+            "Vrings.set_log = lambda self, log: None",
+        )
+
+
+def _spoiled(*lines: str) -> list[str]:
+    """Python that runs ``lines`` before the command."""
+    return [sys.executable, "-c", "\n".join([*lines, "from vhostuser.cli.main import main", "main()"])]
 
 
 class StorageDaemon(Backend):
@@ -249,7 +267,16 @@ class StorageDaemon(Backend):
     def start(self) -> Child:
         """Start it and wait until its main loop answers: then the export exists."""
         export = self.export
-        for name in ("serial", "physical_block_size", "seg_max", "engine", "inject", "on_enospc"):
+        for name in (
+            "serial",
+            "physical_block_size",
+            "seg_max",
+            "engine",
+            "inject",
+            "on_enospc",
+            "lock_timeout",
+            "rate_limit",
+        ):
             if getattr(export, name) is not None:
                 raise NotSupportedError(f"qemu-storage-daemon has no option for {name}")
         self.socket.unlink(missing_ok=True)

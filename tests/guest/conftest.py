@@ -14,11 +14,13 @@ import pytest
 from tests.guest.backends import Backend, Export, NotSupportedError, Ours, StorageDaemon
 from tests.guest.images import blank
 from tests.guest.machines import Disk, Guest, Setup
-from tests.guest.prepare import COVERED, Machine, Qemu, machine_ready, present
+from tests.guest.prepare import COVERED, OFFERS, Machine, Qemu, machine_ready, present
 from tests.guest.prepare import machine as prepared_machine
 
 ADVICE: Final = "no guest can be booted here: run `make packages`"
-VERSIONS_VARIABLE: Final = "VHOSTUSER_QEMU"  # versions to test with, separated by commas, instead of the covered ones
+VERSIONS_VARIABLE: Final = (
+    "VHOSTUSER_QEMU"  # versions (or `sid`) to test with, separated by commas, instead of the covered ones
+)
 BACKEND_VARIABLE: Final = "VHOSTUSER_GUEST_BACKEND"  # "storage-daemon" checks the tests against another back-end
 KEEP_VARIABLE: Final = "VHOSTUSER_KEEP"  # keep images and logs
 
@@ -32,13 +34,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test of guests with each QEMU: every one that is here for the smoke test, the covered ones otherwise."""
     if "qemu" not in metafunc.fixturenames:
         return
-    wanted = os.environ.get(VERSIONS_VARIABLE, "").split(",") if os.environ.get(VERSIONS_VARIABLE) else list(COVERED)
+    chosen = os.environ.get(VERSIONS_VARIABLE)
+    wanted = [_version(name) for name in chosen.split(",")] if chosen else list(COVERED)
     everything = metafunc.definition.get_closest_marker("guest") is None
     found = [qemu for qemu in present() if machine_ready() and (everything or qemu.name in wanted)]
     if found:
         metafunc.parametrize("qemu", found, ids=[f"qemu-{qemu.name}" for qemu in found])
     else:
         metafunc.parametrize("qemu", [pytest.param(None, marks=pytest.mark.skip(ADVICE))], ids=["no-qemu"])
+
+
+def _version(name: str) -> str:
+    """The version of a QEMU that goes by the name under which it is fetched, too: ``sid`` is 11.1 today."""
+    return OFFERS[name].fetch().name if name in OFFERS and OFFERS[name].ready() else name
 
 
 @pytest.fixture(scope="session")

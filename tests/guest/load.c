@@ -9,8 +9,9 @@
  *                                    not above the second round after it (its report may have been cut off)
  *   load --against=FILE PATH         every block holds what a random load that has ended knew of it (its --model=FILE)
  *
- * With --read-back the random load reads each write again at once; the end of every load says how long the slowest of
- * its operations took.
+ * With --continue the random load begins with what its --model=FILE holds, as an earlier one left it (all zero: a blank
+ * disk), so that it knows every block. With --read-back it reads each write again at once. The end of every load says
+ * how long the slowest of its operations took.
  *
  * Each thread owns a part of its own, so that many requests are in flight and no write races with another.
  * Exit status: 0 all was as it should be, 1 a block was wrong, 2 usage, 3 an I/O error that was not expected.
@@ -61,7 +62,7 @@ static struct {
     size_t block, largest;
     uint64_t offset, size, seed;
     double seconds;
-    int threads, direct, sweep, check, discard, is_device, read_back;
+    int threads, direct, sweep, check, discard, is_device, read_back, goes_on;
     enum on_error on_error;
     uint64_t floors[THREADS_MAX];
 } options = {.block = 512, .largest = 1 << 20, .threads = 4, .seed = 1, .seconds = 1e9, .report = "/dev/kmsg"};
@@ -248,7 +249,10 @@ static void verify_all(struct part *part) {
 
 static void run_random(struct part *part, double end) {
     for (uint64_t i = 0; i < part->blocks; i++)
-        part->model[i] = ANYTHING;
+        if (!options.goes_on)
+            part->model[i] = ANYTHING;
+        else if (part->model[i] != ANYTHING && part->model[i] >= part->generation)
+            part->generation = part->model[i] + 1;
     while (!atomic_load(&stop_asked) && now() < end) {
         uint64_t count, first = choose(part, &count), kind = drawn(part, 100);
         if (kind < 50) {
@@ -342,7 +346,7 @@ static void parse(int count, char **words) {
         {"seconds", 1, 0, 't'},   {"threads", 1, 0, 'n'}, {"seed", 1, 0, 'r'},   {"direct", 0, 0, 'd'},
         {"discard", 0, 0, 'x'},   {"sweep", 0, 0, 'w'},   {"check", 1, 0, 'c'},  {"from", 1, 0, 'f'},
         {"on-error", 1, 0, 'e'},  {"report", 1, 0, 'p'}, {"model", 1, 0, 'm'}, {"against", 1, 0, 'a'},
-        {"read-back", 0, 0, 'k'}, {0, 0, 0, 0},
+        {"read-back", 0, 0, 'k'}, {"continue", 0, 0, 'g'}, {0, 0, 0, 0},
     };
     for (int option; (option = getopt_long(count, words, "", known, NULL)) != -1;) {
         switch (option) {
@@ -360,6 +364,7 @@ static void parse(int count, char **words) {
         case 'm': options.model = optarg; break;
         case 'a': options.against = optarg; break;
         case 'k': options.read_back = 1; break;
+        case 'g': options.goes_on = 1; break;
         case 'c':
             options.check = 1; /* fall through */
         case 'f':
@@ -374,9 +379,9 @@ static void parse(int count, char **words) {
         }
     }
     if (optind != count - 1 || options.threads < 1 || options.threads > THREADS_MAX || options.block < 512 ||
-        options.block % 512 || options.largest < options.block)
+        options.block % 512 || options.largest < options.block || (options.goes_on && !options.model))
         fail(USAGE, "usage: load [--block=N] [--largest=N] [--offset=N] [--size=N] [--seconds=N] [--threads=N] [--seed=N] "
-                    "[--direct] [--discard] [--on-error=fail|note|end] [--read-back] [--model=FILE] "
+                    "[--direct] [--discard] [--on-error=fail|note|end] [--read-back] [--model=FILE [--continue]] "
                     "[--sweep [--from=A,...] [--report=FILE] | --check=A,... | --against=FILE] PATH");
     options.path = words[optind];
 }
@@ -439,6 +444,8 @@ int main(int count, char **words) {
     }
     if (options.against)
         keep_models(parts, options.against, 0);
+    if (options.goes_on)
+        keep_models(parts, options.model, 0);
     for (int i = 0; i < options.threads; i++)
         if (pthread_create(&parts[i].thread, NULL, run, &parts[i]))
             fail(USAGE, "cannot start a thread");

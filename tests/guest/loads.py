@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +16,10 @@ from .machines import Guest
 from .prepare import Machine
 
 STOP_S: Final = 90.0
+BLOCK: Final = 512
+GENERATION: Final = 4
+"""Bytes of a load's model for each block."""
+
 TROUBLE: Final = re.compile(
     r".*(?:I/O error|is not a head|blocked for more than|timed out|critical target|EXT4-fs error|BUG:|Oops).*"
 )
@@ -30,19 +34,36 @@ class RandomLoad:
     image: Path
     threads: int = 4
     options: str = "--largest=256K"
+    known: bool = False  # the image was blank at the first start: every block is verified, not only what one run wrote
+    _starts: int = field(default=0, init=False)
 
     def start(self, guest: Guest) -> None:
-        """Begin, in the background."""
+        """Begin, in the background; ``guest`` may be another one than the last time if that one has moved there."""
         words = f"--direct --read-back --threads={self.threads} --model={self._path('model')} {self.options}"
+        first = ""
+        if self.known:
+            self._starts += 1
+            words += f" --continue --seed={self._starts}"
+            if self._starts == 1:
+                first = f"head -c {self.image.stat().st_size // BLOCK * GENERATION} /dev/zero >{self._path('model')}; "
         guest.run(
-            f"rm -f {self._path('said')}; (load {words} /dev/{self.device} >{self._path('out')} 2>&1; "
+            f"{first}rm -f {self._path('said')}; (load {words} /dev/{self.device} >{self._path('out')} 2>&1; "
             f"echo status $? >>{self._path('out')}; mv {self._path('out')} {self._path('said')}) & "
+        )
+
+    def wait_writes(self, guest: Guest, sectors: int = 512) -> None:
+        """Wait until the guest has written so many sectors more to the disk, by whatever program."""
+        written = f"$(awk '{{print $7}}' /sys/block/{self.device}/stat)"
+        guest.run(
+            f"before={written}; until [ {written} -ge $((before + {sectors})) ]; do "
+            f"if [ -e {self._path('said')} ]; then cat {self._path('said')}; exit 1; fi; usleep 20000; done",
+            STOP_S,
         )
 
     def ended(self, guest: Guest) -> dict[str, float]:
         """Have every load of the guest end, and return the numbers of this one; raises when it saw anything wrong."""
         said = guest.run(
-            "for load in $(pidof load); do kill $load; done; "
+            "for load in $(pidof load); do kill $load 2>/dev/null; done; "
             f"until [ -e {self._path('said')} ]; do usleep 50000; done; cat {self._path('said')}",
             STOP_S,
         )

@@ -70,19 +70,33 @@ class Guest:
     _numbers = itertools.count()
 
     def __init__(
-        self, qemu: Qemu, machine: Machine, directory: Path, disks: Sequence[Disk], setup: Setup | None = None
+        self,
+        qemu: Qemu,
+        machine: Machine,
+        directory: Path,
+        disks: Sequence[Disk],
+        setup: Setup | None = None,
+        *,
+        incoming: bool = False,
     ) -> None:
-        """Start QEMU in ``directory`` and wait until it answers; the guest itself is waited for by `wait_ready`."""
+        """Start QEMU in ``directory`` and wait until it answers; the guest itself is waited for by `wait_ready`.
+
+        ``incoming``: nothing boots; a guest with the same setup and as many disks is to migrate here.
+        """
         self.qemu = qemu
         self.setup = setup or Setup()
+        self.disks = tuple(disks)
         number = next(self._numbers)
         self.console_log = directory / f"guest{number}.console"
         self._directory = directory
         self._memories = itertools.count(1)
+        self._console_elsewhere = ""
         listeners = [Listener(directory / f"g{number}.{name}") for name in ("qmp", "sh")]
         command = [*qemu.command(), *self._arguments(machine, listeners[0].path, listeners[1].path)]
         for disk in disks:
             command += ["-chardev", "socket," + _joined(disk.chardev(qemu)), "-device", _joined(disk.device())]
+        if incoming:
+            command += ["-incoming", "defer"]
         self.process = Child(f"QEMU {qemu.name}", command, directory / f"guest{number}.qemu", qemu.environment())
         try:
             shell, qmp = [listener.accept(self.process, START_S) for listener in reversed(listeners)]
@@ -142,8 +156,14 @@ class Guest:
             raise type(error)(f"{error}\nthe guest's console ends: {self.console_tail()}") from None
 
     def console(self) -> str:
-        """Everything the kernel wrote to the first serial port."""
-        return self.console_log.read_bytes().decode(errors="replace") if self.console_log.exists() else ""
+        """Everything the kernel wrote to the first serial port, here and where the guest came from."""
+        here = self.console_log.read_bytes().decode(errors="replace") if self.console_log.exists() else ""
+        return self._console_elsewhere + here
+
+    def continues(self, source: Guest) -> None:
+        """The guest of ``source`` runs here now: commands and its console go on."""
+        self.shell.continues(source.shell)
+        self._console_elsewhere = source.console()
 
     def wait_console(self, pattern: str, limit_s: float = BOOT_S) -> str:
         """Wait until the console holds ``pattern`` and return what matched."""

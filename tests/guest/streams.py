@@ -189,6 +189,10 @@ class Shell:
                 self._boot = found[1].decode()
                 return
 
+    def continues(self, other: Shell) -> None:
+        """The guest that ``other`` ran commands in has moved here; none of its commands may be under way."""
+        self._number, self._boot = other._number, other._boot
+
     def post(self, script: str) -> None:
         """Have ``script`` run without waiting for an answer: for what ends the guest."""
         self._number += 1
