@@ -47,7 +47,7 @@ class Export:
     on_enospc: str | None = None
     incoming: bool = False
     lock_timeout: float | None = None
-    rate_limit: str | None = None
+    on_error: str | None = None
 
 
 class Backend(ABC):
@@ -172,7 +172,7 @@ class Ours(Backend):
             "--inject": export.inject,
             "--on-enospc": export.on_enospc,
             "--lock-timeout": export.lock_timeout,
-            "--rate-limit": export.rate_limit,
+            "--on-error": export.on_error,
         }
         return words + [word for name, value in values.items() if value is not None for word in (name, str(value))]
 

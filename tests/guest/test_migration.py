@@ -18,6 +18,7 @@ from tests.guest.kills import in_flight_of, marked
 from tests.guest.machines import Guest
 from tests.guest.migrations import completed, end_of, wait_sent
 from tests.guest.prepare import Machine, Qemu
+from tests.guest.processes import POLL_S, Deadline, readable
 from tests.guest.travels import Luggage, Place, Traveller
 
 import vhostuser
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.guest
 MIGRATES_SINCE: Final = (10, 0)
 CARRIES_SINCE: Final = (11, 0)
 SIZE: Final = 2 * MIB
+HELD: Final = 4
 DISKS: Final = ("vda", "vdb")
 LIMIT_S: Final = 60.0
 SLOWLY: Final = 32 * MIB
@@ -233,20 +235,28 @@ def test_back_ends_of_the_destination_that_are_away_when_the_guest_arrives_may_c
     prove(traveller)
 
 
-def test_requests_that_storage_has_not_got_when_the_guest_stops_are_done_at_the_destination(
-    travel: Travel, qemu: Qemu
-) -> None:
+def test_requests_that_are_kept_when_the_guest_stops_are_done_at_the_destination(travel: Travel, qemu: Qemu) -> None:
     if qemu.version < CARRIES_SINCE:
         pytest.skip("this QEMU sends no region of requests in flight")
-    limited = {"engine": "io_uring", "queues": 4, "rate_limit": "iops=40"}
-    traveller = travel([limited], threads=16, options={"inflight-migration": True})
+    failing = {"engine": "io_uring", "queues": 4, "inject": "error-write=5%", "on_error": "hold"}
+    traveller = travel([failing], threads=16, options={"inflight-migration": True})
     (piece,) = traveller.luggage
-    there = traveller.destination([replace(piece, export=replace(piece.export, rate_limit=None))])
+    there = traveller.destination([replace(piece, export=replace(piece.export, inject=None))])
     traveller.load()
-    traveller.set_out(there)
-    completed(traveller.guest)
+    wait_held(traveller.here.backends[0], HELD)
     with in_flight_of(traveller.here.backends[0]) as regions:
-        assert sum(map(marked, regions)) > 4
+        traveller.set_out(there)
+        completed(traveller.guest)
+        assert sum(map(marked, regions)) >= HELD
     traveller.arrived(there)
+    traveller.wait_writes()
     traveller.verify()
     traveller.check()
+
+
+def wait_held(backend: Ours, least: int) -> None:
+    """Wait until the back-end keeps so many requests that storage has failed."""
+    deadline = Deadline(LIMIT_S)
+    while sum(one["state"] == "held" for one in backend.in_flight()) < least:
+        assert deadline.left_s, backend.in_flight()
+        readable([backend.process], POLL_S)
