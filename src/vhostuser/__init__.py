@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vhostuser.blk.aio import AsyncBlockClient, connect_async
     from vhostuser.blk.client import BlockClient, connect
     from vhostuser.blk.fileobj import DiskFile
+    from vhostuser.blk.migration import Migration
     from vhostuser.blk.options import ConfigChange
     from vhostuser.blk.requests import Discard, Flush, GetId, Read, ReadInto, Write, WriteZeroes
     from vhostuser.control import ControlClient, ControlServer
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         DrainTimeout,
         GuestMemoryError,
         LocalProtocolError,
+        MigrationFailed,
         OperatorError,
         PeerGone,
         ProtocolError,
@@ -62,6 +64,7 @@ _HOMES = {
     "blk.aio": ("AsyncBlockClient", "connect_async"),
     "blk.client": ("BlockClient", "connect"),
     "blk.fileobj": ("DiskFile",),
+    "blk.migration": ("Migration",),
     "blk.options": ("ConfigChange",),
     "blk.requests": ("Discard", "Flush", "GetId", "Read", "ReadInto", "Write", "WriteZeroes"),
     "control": ("ControlClient", "ControlServer"),
@@ -85,6 +88,7 @@ _HOMES = {
         "DrainTimeout",
         "GuestMemoryError",
         "LocalProtocolError",
+        "MigrationFailed",
         "OperatorError",
         "PeerGone",
         "ProtocolError",
@@ -142,6 +146,8 @@ __all__ = [
     "Listener",
     "LocalProtocolError",
     "MemoryDisk",
+    "Migration",
+    "MigrationFailed",
     "NativeDisk",
     "NullDisk",
     "OperatorError",

@@ -501,9 +501,10 @@ class RequestQueue:
     def has_room(self, pieces: int) -> bool:
         """Whether a request of so many data segments can be made now."""
 
-    def submit(self, kind: int, sector: int, data: Sequence[tuple[int, int]], writable: bool, token: int) -> None:
+    def submit(self, kind: int, sector: int, data: Sequence[tuple[int, int]], writable: bool, token: int) -> int:
         """Makes a request over (guest_addr, length) pieces; not visible yet. `token` (64 bits) comes back with the
-        answer. Raises `BlockingIOError` when the queue is full, `SetupError` for too many pieces."""
+        answer. Returns the guest address of its status byte. Raises `BlockingIOError` when the queue is full,
+        `SetupError` for too many pieces."""
 
     def publish(self) -> bool:
         """Makes what was submitted visible; True when the device wants to be kicked."""

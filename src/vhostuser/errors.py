@@ -85,3 +85,12 @@ class UsageError(OperatorError):
 
 class BackendUnfit(OperatorError):
     """A back-end that works, but cannot be driven: the text says what it lacks."""
+
+
+class MigrationFailed(OperatorError):
+    """A disk was not moved to another back-end: it stays behind the one it is at, and its requests go on there."""
+
+    def __init__(self, subject: str, cause: str, advice: str, *, pages: tuple[int, ...] = ()) -> None:
+        """``pages``: guest addresses of the pages that the back-end wrote and did not log, if that is why."""
+        super().__init__(subject, cause, advice)
+        self.pages = pages

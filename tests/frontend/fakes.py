@@ -103,6 +103,7 @@ class Ring:
         self.size = 0
         self.desc = self.avail = self.used = 0
         self.base = 0
+        self.log: int | None = None  # guest address of the used ring, where it is logged
         self.kick = self.call = self.err = -1
         self.enabled = False
 
@@ -379,7 +380,8 @@ class FakeBackend:
             case 8:
                 ring.size = number
             case 9:
-                ring.desc, ring.used, ring.avail = struct.unpack_from("=QQQ", received.payload, 8)
+                ring.desc, ring.used, ring.avail, log = struct.unpack_from("=QQQQ", received.payload, 8)
+                ring.log = log if number & 1 else None
             case 10:
                 ring.base = number
             case 11 | 45:
@@ -431,6 +433,12 @@ class FakeBackend:
             if not flags & 1:
                 return found
             at = following
+
+    def mark(self, address: int, length: int) -> None:
+        """Note the pages of guest memory in the dirty log, if there is one."""
+        if self.dirty is not None:
+            for page in range(address // 4096, (address + length - 1) // 4096 + 1):
+                self.dirty[page // 8] |= 1 << page % 8
 
     def put(self, ring: Ring, head: int, written: int, *, steps: int = 1) -> None:
         """Store a used entry and move the index by ``steps``."""

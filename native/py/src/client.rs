@@ -78,7 +78,7 @@ impl RequestQueue {
         self.lock().has_room(pieces)
     }
 
-    fn submit(&self, kind: u32, sector: u64, data: Vec<(u64, u32)>, writable: bool, token: u64) -> Fallible<()> {
+    fn submit(&self, kind: u32, sector: u64, data: Vec<(u64, u32)>, writable: bool, token: u64) -> Fallible<u64> {
         let data = pieces(data);
         Ok(self.lock().submit(&ClientRequest { kind, sector, data: &data, writable, token })?)
     }

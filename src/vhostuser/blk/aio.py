@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, Self
 from vhostuser.blk.client import MAX_CHANGES
 from vhostuser.blk.facts import DiskFacts, serial_of, switch_write_cache
 from vhostuser.blk.link import DiskLink
+from vhostuser.blk.migration import Manner, Migration, Move
 from vhostuser.blk.options import USABLE_FEATURES, ChangeListener, ConfigChange, Options
 from vhostuser.blk.requests import Discard, Flush, GetId, Read, ReadInto, Request, Write, WriteZeroes
 from vhostuser.blk.revival import Revival, bury, late
 from vhostuser.errors import PeerGone, SetupError, VhostUserError
 from vhostuser.frontend.dialogue import again
-from vhostuser.frontend.negotiated import RESUMABLE
+from vhostuser.frontend.negotiated import MOVABLE
 from vhostuser.frontend.reach import reachable_again
 from vhostuser.frontend.reconnect import Backoff
 from vhostuser.protocol import ProtocolFeature
@@ -49,7 +50,7 @@ async def connect_async(
     listen: bool = False,
     huge_pages: bool = False,
     features: int = USABLE_FEATURES,
-    protocol_features: ProtocolFeature = RESUMABLE,
+    protocol_features: ProtocolFeature = MOVABLE,
 ) -> AsyncBlockClient:
     """Connect to a disk as `vhostuser.connect` does, with the same options, without blocking the event loop.
 
@@ -126,6 +127,8 @@ class AsyncBlockClient(DiskFacts):
         self._stepped = asyncio.Event()  # set after each step, and when a link is made or given up
         self._timer: asyncio.TimerHandle | None = None
         self._reviving: asyncio.Task[None] | None = None
+        self._moving = asyncio.Lock()
+        self._move_task: asyncio.Task[Migration] | None = None
         self._watch()
 
     @property
@@ -191,6 +194,23 @@ class AsyncBlockClient(DiskFacts):
         """Read the configuration again, for back-ends that cannot tell when it changes."""
         await asyncio.to_thread((await self._usable(connected=True)).refresh)
 
+    async def migrate(
+        self,
+        destination: Endpoint,
+        *,
+        rounds: int = 4,
+        round_s: float = 0.02,
+        swap_log: bool = False,
+        leave: bool = True,
+        strict: bool = True,
+    ) -> Migration:
+        """Move the disk to the back-end at ``destination`` while it is used: see `BlockClient.migrate`."""
+        place = self._revival.place(destination)
+        manner = Manner(rounds=rounds, round_s=round_s, swap_log=swap_log, leave=leave, strict=strict)
+        # Who waits for it may be cancelled; what was begun is brought to its end.
+        self._move_task = self._loop.create_task(self._move(place, manner))
+        return await asyncio.shield(self._move_task)
+
     async def wait_config_change(self) -> ConfigChange:
         """The next change of the configuration that was not waited for yet. Raises what ended the connection."""
         hearing = self._hearing
@@ -216,6 +236,8 @@ class AsyncBlockClient(DiskFacts):
         self._revival.interrupt()
         if self._reviving is not None:
             await self._reviving
+        async with self._moving:
+            pass
         link = self._link
         while link.connected and not link.idle:
             self._stepped.clear()
@@ -259,6 +281,28 @@ class AsyncBlockClient(DiskFacts):
     def _watch(self) -> None:
         self._loop.add_reader(self._link.fileno(), self._step)
         self._set_timer()
+
+    async def _move(self, place: Endpoint, manner: Manner) -> Migration:
+        """One attempt. What blocks runs on a thread, and nobody steps the link while that switches it."""
+        async with self._moving:
+            move = Move(await self._usable(connected=True), place, manner, closing=self._closing)
+            try:
+                await asyncio.to_thread(move.prepare)
+                move.pause()
+                while move.drains and not move.drained and not self._closing.is_set():
+                    self._stepped.clear()
+                    await self._stepped.wait()
+                if self._reviving is not None or self._timer is None:
+                    raise again(self._link.error or self._link.away or PeerGone("the source of the migration has gone"))
+                self._unwatch()
+                try:
+                    migration = await asyncio.to_thread(move.switch)
+                    self._revival.moved(place)
+                    return migration
+                finally:
+                    self._watch()
+            finally:
+                move.end()
 
     def _set_timer(self) -> None:
         self._timer = self._loop.call_later(self._link.patience(), self._look)

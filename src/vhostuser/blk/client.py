@@ -16,14 +16,16 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
 
+from vhostuser.blk.errands import Errands
 from vhostuser.blk.facts import DiskFacts, serial_of, switch_write_cache
 from vhostuser.blk.link import DiskLink
+from vhostuser.blk.migration import Manner, Migration, Move
 from vhostuser.blk.options import USABLE_FEATURES, ChangeListener, ConfigChange, Options
 from vhostuser.blk.requests import Discard, Flush, GetId, Read, ReadInto, Request, Write, WriteZeroes
 from vhostuser.blk.revival import Revival, bury, late
 from vhostuser.errors import PeerGone, SetupError, VhostUserError
 from vhostuser.frontend.dialogue import again
-from vhostuser.frontend.negotiated import RESUMABLE
+from vhostuser.frontend.negotiated import MOVABLE
 from vhostuser.frontend.reach import reachable_again
 from vhostuser.frontend.reconnect import Backoff
 from vhostuser.protocol import ProtocolFeature
@@ -56,7 +58,7 @@ def connect(
     listen: bool = False,
     huge_pages: bool = False,
     features: int = USABLE_FEATURES,
-    protocol_features: ProtocolFeature = RESUMABLE,
+    protocol_features: ProtocolFeature = MOVABLE,
 ) -> BlockClient:
     """Connect to the disk at ``endpoint``: the path of its socket (``@name`` for an abstract one), or an inherited
     descriptor or a `Transport`, which is taken over. Blocks until it can be used.
@@ -121,6 +123,8 @@ class BlockClient(DiskFacts):
         """See `connect`."""
         again_at = endpoint if reconnect is None else reachable_again(endpoint)
         self._revival = Revival(again_at, options, self._hear, reconnect)
+        self._errands = Errands()  # of the reaper
+        self._moving = threading.Lock()
         self._per_thread = threading.local() if per_thread else None
         self._listener = on_config_change
         self._telling: threading.Thread | None = None
@@ -214,6 +218,46 @@ class BlockClient(DiskFacts):
                 raise again(self._over)
             return None
 
+    def migrate(
+        self,
+        destination: Endpoint,
+        *,
+        rounds: int = 4,
+        round_s: float = 0.02,
+        swap_log: bool = False,
+        leave: bool = True,
+        strict: bool = True,
+    ) -> Migration:
+        """Move the disk to the back-end at ``destination`` while it is used: `Migration` says what that took. Blocks.
+
+        Both back-ends have to serve the same storage. Calls go on all the time but the downtime: those that are under
+        way then are answered by the one or the other back-end, none twice. Buffers stay. The memory is copied in
+        ``rounds`` meanwhile, each after ``round_s`` seconds, as a hypervisor does it, with the same log or, with
+        ``swap_log``, a new one each time; what the back-end logged must be all that it wrote. ``leave``: requests that
+        storage has not got yet are left for the destination, if both know how; else the source answers all.
+
+        Raises `MigrationFailed` when the disk stays where it is: the destination does not fit or refuses, or the source
+        forgot to log something. Without ``strict`` that is only told. Raises what broke the source if it broke.
+        """
+        if threading.current_thread() in (self._reaper, self._telling) or self._link.serving:
+            raise SetupError("a callback cannot move the disk of the client that it was called by")
+        place = self._revival.place(destination)
+        with self._moving:
+            manner = Manner(rounds=rounds, round_s=round_s, swap_log=swap_log, leave=leave, strict=strict)
+            move = Move(self._connected(), place, manner, closing=self._closing)
+            try:
+                move.prepare()
+                move.pause()
+                with self._state:
+                    self._state.wait_for(lambda: not move.drains or move.drained or self._closing.is_set())
+                switched = self._errands.hand_in(move.switch)
+                self._link.wake()
+                migration = switched.result()
+                self._revival.moved(place)
+                return migration
+            finally:
+                move.end()
+
     def file(self) -> DiskFile:
         """The disk as a raw file, of single bytes. The client stays open when it is closed."""
         from vhostuser.blk.fileobj import DiskFile
@@ -301,13 +345,16 @@ class BlockClient(DiskFacts):
         """Take answers until the client is closed, or the back-end has gone for good."""
         while True:
             link = self._link
-            alive = link.step(link.patience())
+            link.step(link.patience())
+            self._errands.run()
+            alive = link.connected
             with self._state:
                 self._state.notify_all()
             if self._closing.is_set() and (link.idle or not alive):
                 break
             if not alive and not self._revive(link):
                 break
+        self._errands.refuse(self._over or PeerGone("the client is closed"))
         bury(self._link)
         with self._state:
             self._over = self._over or self._link.error

@@ -8,6 +8,7 @@ from vhostuser.blk.limits import MAX_REQUEST_BYTES, DiskLimits, shrunk
 from vhostuser.blk.options import CONFIG_SIZES, Options
 from vhostuser.errors import BackendRefused, BackendUnfit
 from vhostuser.virtio.blk import BlkFeature, VirtioBlkConfig
+from vhostuser.virtio.features import feature_names
 
 if TYPE_CHECKING:
     from vhostuser.frontend.client import HostDevice
@@ -45,10 +46,21 @@ def limits_of(device: HostDevice, config: VirtioBlkConfig, options: Options) -> 
 
 def check_as_before(device: HostDevice, features: int, before: DiskLimits, now: DiskLimits) -> None:
     """Raise `BackendUnfit` when requests that keep to ``features`` and the limits of ``before`` may fail here."""
-    if device.features_offered & BlkFeature.RO and not features & BlkFeature.RO:
-        raise another(device, "it can only be read now")
+    _check_writable(device, features)
     if lacking := shrunk(before, now):
         raise another(device, lacking)
+
+
+def check_same_features(device: HostDevice, features: int) -> None:
+    """Raise `BackendUnfit` when it does not offer all of ``features``, which the rings use already."""
+    _check_writable(device, features)
+    if lacking := features & ~device.features:
+        raise another(device, f"it does not offer what the rings use: {' '.join(feature_names(lacking, BlkFeature))}")
+
+
+def _check_writable(device: HostDevice, features: int) -> None:
+    if device.features_offered & BlkFeature.RO and not features & BlkFeature.RO:
+        raise another(device, "it can only be read now")
 
 
 def another(device: HostDevice, cause: str) -> BackendUnfit:

@@ -7,15 +7,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Final
 
 from vhostuser.errors import VhostUserError
 from vhostuser.frontend.dialogue import again
+from vhostuser.virtio.blk import BlkStatus
 
 if TYPE_CHECKING:
     from vhostuser._native import RequestQueue
     from vhostuser.blk.limits import DiskLimits, Run
     from vhostuser.blk.requests import Job, Part
+    from vhostuser.blk.shadow import Shadow
     from vhostuser.frontend.memory import Pool
     from vhostuser.frontend.queue import HostQueue
 
@@ -39,8 +42,12 @@ class Lane:
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._waiting: deque[Job] = deque()
-        self._flying: dict[int, tuple[Part, int | None, float]] = {}  # by token, oldest first: part, copy, deadline
+        self._flying: dict[int, tuple[Part, int | None, int, float]] = {}
+        """By token, oldest first: the part, where its copy is, the guest address of its status, its deadline."""
         self._token = 0
+        self._paused = False
+        self._shadow: Shadow | None = None
+        self._shadowed_from = 0  # the first token of which everything was seen
         self._over: VhostUserError | None = None
 
     @property
@@ -57,7 +64,7 @@ class Lane:
     def deadline(self) -> float | None:
         """When the oldest request in the ring must be answered, on the monotonic clock; None without one."""
         with self._lock:
-            return next(iter(self._flying.values()))[2] if self._flying else None
+            return next(iter(self._flying.values()))[3] if self._flying else None
 
     def submit(self, jobs: Iterable[Job]) -> None:
         """Take ``jobs``, and put into the ring what fits. Raises what broke the connection, and takes none then."""
@@ -86,22 +93,48 @@ class Lane:
     def restart(self) -> None:
         """The ring goes on behind another back-end: it has the whole time for each request, and `collect` is due."""
         with self._lock:
+            self._paused = False
             deadline = time.monotonic() + self._timeout_s
-            for token, (part, copy, _) in self._flying.items():
-                self._flying[token] = (part, copy, deadline)
+            for token, (part, copy, status, _) in self._flying.items():
+                self._flying[token] = (part, copy, status, deadline)
         os.eventfd_write(self.queue.call.fileno(), 1)
+
+    def pause(self) -> None:
+        """Put nothing more into the ring until `restart`: jobs that are submitted wait."""
+        with self._lock:
+            self._paused = True
+
+    def held(self) -> AbstractContextManager[object]:
+        """While it is entered nothing here is put into the ring or taken out."""
+        return self._lock
+
+    def follow(self, shadow: Shadow | None) -> None:
+        """Tell ``shadow`` from now on what the driver writes, and what the device has to have written."""
+        with self._lock:
+            self._shadow = shadow
+            self._shadowed_from = self._token + 1
+            if shadow is not None:
+                used, room = self.queue.areas[2], self._room
+                shadow.keep(used, 6 + 8 * self.queue.size)
+                shadow.keep(room.start, room.size)
+                for _, _, status, _ in self._flying.values():
+                    shadow.keep_status(status)
 
     def fail(self, error: VhostUserError) -> list[Job]:
         """Give up: nothing more is put into the ring. Returns every job that is not finished."""
         with self._lock:
             self._over = self._over or error
-            jobs = dict.fromkeys([*(part.job for part, _, _ in self._flying.values()), *self._waiting])
+            jobs = dict.fromkeys([*(part.job for part, _, _, _ in self._flying.values()), *self._waiting])
             self._flying.clear()
             self._waiting.clear()
             return list(jobs)
 
     def _answer(self, token: int, status: int, finished: list[Job]) -> None:
-        part, copy, _ = self._flying[token]
+        part, copy, status_addr, _ = self._flying[token]
+        if self._shadow is not None and token >= self._shadowed_from:
+            self._shadow.expect([(status_addr, 1)])
+            if part.writable and status == BlkStatus.OK:
+                self._shadow.expect(part.pieces if copy is None else [(self._base + copy, part.length)])
         if copy is None:
             last = part.job.answered(part, status, None)
         else:
@@ -116,7 +149,7 @@ class Lane:
         """Put parts into the ring while there is room for them and their copies."""
         driver = self.queue.driver
         any_new = False
-        while self._waiting:
+        while self._waiting and not self._paused:
             job = self._waiting[0]
             part = job.next_part
             if part is None:
@@ -147,8 +180,12 @@ class Lane:
             if not part.writable:
                 part.job.load(part, self._view[copy : copy + part.length])
         self._token += 1
-        driver.submit(part.kind, part.sector, pieces, part.writable, self._token)
-        self._flying[self._token] = (part, copy, time.monotonic() + self._timeout_s)
+        status = driver.submit(part.kind, part.sector, pieces, part.writable, self._token)
+        self._flying[self._token] = (part, copy, status, time.monotonic() + self._timeout_s)
+        if self._shadow is not None:
+            self._shadow.keep_status(status)
+            if copy is not None and not part.writable:
+                self._shadow.wrote(copy, part.length)
         return True
 
     def _pieces(self, copy: int, length: int) -> list[Run]:

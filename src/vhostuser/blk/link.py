@@ -11,25 +11,23 @@ import select
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Final
 
 from vhostuser._native import RequestQueue
-from vhostuser.blk.fitness import another, check_as_before, check_queues, first_config, limits_of
+from vhostuser.blk.fitness import check_as_before, check_queues, check_same_features, first_config, limits_of
 from vhostuser.blk.lane import Lane
-from vhostuser.blk.limits import MAX_SECTORS, DiskLimits
-from vhostuser.blk.options import ChangeListener, ConfigChange, Options
+from vhostuser.blk.options import ChangeListener, Options
 from vhostuser.blk.requests import Job, Promise, Request
-from vhostuser.errors import ConfigRefused, PeerGone, RemoteRingError, SetupError, VhostUserError
+from vhostuser.blk.settings import LinkSettings
+from vhostuser.errors import PeerGone, RemoteRingError, SetupError, VhostUserError
 from vhostuser.frontend.client import HostDevice
 from vhostuser.frontend.dialogue import again
-from vhostuser.frontend.inflight import HostInflight
 from vhostuser.frontend.memory import Buffer, Pool, SharedMemory
 from vhostuser.frontend.queue import eventfd, request_queue
 from vhostuser.frontend.reach import Endpoint, name_of_endpoint
 from vhostuser.protocol import ProtocolFeature
-from vhostuser.virtio.blk import WRITEBACK_OFFSET, VirtioBlkConfig
+from vhostuser.virtio.blk import VirtioBlkConfig
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +35,7 @@ Deliver = Callable[[Callable[[], None]], None]
 """Runs what settles jobs where that may be done."""
 
 
-class DiskLink:
+class DiskLink(LinkSettings):
     """A disk that is connected and started. Any thread, but `step`, `open`, `resume` and `close`.
 
     When the connection is lost and the back-end keeps books of what is in flight, it is `away`: rings, buffers and jobs
@@ -50,25 +48,16 @@ class DiskLink:
     ) -> None:
         """``changed`` hears of changes of the configuration. `open` makes the connection."""
         options.check()
+        super().__init__(changed)
         self.options: Final = options
-        self.name: Final = name_of_endpoint(endpoint)
-        self.device: HostDevice | None = None
-        """The device of the latest connection."""
+        self.name = name_of_endpoint(endpoint)
         self.lanes: Sequence[Lane] = ()
         self.features = 0
         """The virtio feature bits in use."""
-        self.config = VirtioBlkConfig()
-        self.limits: DiskLimits
-        self._endpoint: Final = endpoint
-        self._changed = changed
+        self._endpoint = endpoint
         self._deliver: Final[Deliver] = deliver or (lambda task: task())
-        self._config_size = 0  # what the back-end tells of it, in bytes
-        self._write_cache: bool | None = None  # as it was switched
         self._memory: SharedMemory | None = None
         self._copied_before = 0
-        self._error: VhostUserError | None = None
-        self._away: VhostUserError | None = None
-        self._region: HostInflight | None = None  # while it is away
         self._departed: list[HostDevice] = []  # their listeners may still run
         self._given_up = threading.Event()
         self._poll: Final = select.epoll()
@@ -88,9 +77,17 @@ class DiskLink:
             raise
 
     def _connect(self, features: int) -> HostDevice:
+        self.device = device = self._dial(self._endpoint, features)
+        if self._given_up.is_set():
+            raise PeerGone(f"{self.name} was given up")
+        device.realize()
+        check_queues(device, self.options)
+        return device
+
+    def _dial(self, endpoint: Endpoint, features: int) -> HostDevice:
         options = self.options
-        self.device = device = HostDevice(
-            self._endpoint,
+        return HostDevice(
+            endpoint,
             listen=options.listen,
             features=features,
             protocol_features=options.protocol_features,
@@ -99,16 +96,37 @@ class DiskLink:
             drain_timeout_s=options.request_timeout_s,
             stop=self._given_up,
         )
-        if self._given_up.is_set():
-            raise PeerGone(f"{self.name} was given up")
-        device.realize()
-        check_queues(device, options)
+
+    def reach(self, endpoint: Endpoint) -> HostDevice:
+        """Connect to another back-end that the rings may go on at, and see whether it fits. It is the caller's.
+
+        Blocks. Raises as `open`.
+        """
+        device = self._dial(endpoint, self.features)
+        try:
+            device.realize()
+            check_queues(device, self.options)
+            check_same_features(device, self.features)
+        except BaseException:
+            device.close()
+            raise
         return device
+
+    def adopt(self, device: HostDevice, endpoint: Endpoint) -> None:
+        """The rings run at ``device`` from now on, and nobody runs them where they were: that is closed. It takes
+        ``device``. For who calls `step`."""
+        old = self._reached()
+        self._poll.unregister(old.fileno())
+        self.device, self._endpoint, self.name = device, endpoint, name_of_endpoint(endpoint)
+        self._leave(old)
+        self._poll.register(device.fileno(), select.EPOLLRDHUP)
+        for lane in self.lanes:
+            lane.restart()
 
     def _begin(self, device: HostDevice) -> None:
         options = self.options
         self.features = device.features
-        told = first_config(device, self._hear)
+        told = first_config(device, self.hear)
         self._config_size = len(told)
         self.config = VirtioBlkConfig.unpack(told)
         self.limits = limits_of(device, self.config, options)
@@ -142,7 +160,7 @@ class DiskLink:
         try:
             device = self._connect(self.features)
             device.check_resumable(region)
-            device.watch_config(self._config_size, self._hear, known=b"")
+            device.watch_config(self._config_size, self.hear, known=b"")
             check_as_before(device, self.features, limits, limits_of(device, self.config, self.options))
             self._switch_back(device)
             device.start(self.memory, [lane.queue for lane in self.lanes], inflight=region)
@@ -156,19 +174,6 @@ class DiskLink:
         for lane in self.lanes:
             lane.restart()
 
-    def _switch_back(self, device: HostDevice) -> None:
-        """Switch the write cache as it was before: a write that is under way may count on it."""
-        wanted = self._write_cache
-        if wanted is None or bool(self.config.writeback) is wanted:
-            return
-        device.accept_features()  # there is no such field without them
-        try:
-            self.set_write_cache(wanted)
-        except ConfigRefused as error:
-            raise another(device, f"its write cache cannot be switched as it was: {error}") from error
-        if bool(self.config.writeback) is not wanted:
-            raise another(device, f"its write cache cannot be switched {'on' if wanted else 'off'} again")
-
     def give_up(self) -> None:
         """Make `open` or `resume` end, which runs on another thread."""
         self._given_up.set()
@@ -181,11 +186,6 @@ class DiskLink:
         if self._memory is None:
             raise again(self._error or PeerGone("the connection is closed"))
         return self._memory
-
-    @property
-    def protocol_features(self) -> ProtocolFeature:
-        """The protocol features in use."""
-        return self._reached().protocol_features
 
     @property
     def error(self) -> VhostUserError | None:
@@ -337,38 +337,6 @@ class DiskLink:
     def allocate(self, length: int) -> Buffer:
         """A buffer that the back-end uses in place. Raises `SetupError` when there is no room."""
         return self.memory.allocate(length)
-
-    def set_write_cache(self, enabled: bool) -> None:
-        """Write ``writeback`` of the configuration, and read what became of it. Raises `ConfigRefused`."""
-        device = self._reached()
-        device.write_config(WRITEBACK_OFFSET, bytes([enabled]))
-        # From the start: libvhost-user does not look at the offset, and answers with the first bytes of all.
-        writeback = device.read_config(0, WRITEBACK_OFFSET + 1)[WRITEBACK_OFFSET]
-        self.config = replace(self.config, writeback=writeback)
-        if bool(writeback) is enabled:
-            self._write_cache = enabled
-
-    def refresh(self) -> None:
-        """Read the configuration again."""
-        self._reached().refresh_config()
-
-    def _reached(self) -> HostDevice:
-        if self.device is None:
-            raise again(self._error or PeerGone("there is no connection yet"))
-        return self.device
-
-    def _hear(self, _old: bytes, new: bytes) -> None:
-        config = VirtioBlkConfig.unpack(new)
-        if config.capacity > MAX_SECTORS:
-            error = PeerGone(f"the back-end says now that it has {config.capacity} sectors")
-            self._reached().dialogue.fail(error)
-            return
-        before, self.config = self.config, config
-        self.limits = replace(self.limits, num_sectors=config.capacity)
-        if self._away is not None:
-            before = replace(before, writeback=config.writeback)  # `_switch_back` follows
-        if config != before:
-            self._changed(ConfigChange(before, config))
 
     def stop(self) -> None:
         """Stop the queues in order, once nothing is under way. Raises what goes wrong with that."""

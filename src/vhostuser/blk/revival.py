@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from vhostuser.blk.link import Deliver, DiskLink
 from vhostuser.errors import BackendUnfit, PeerGone, VhostUserError
+from vhostuser.frontend.reach import reachable_again
 from vhostuser.frontend.reconnect import Backoff, Outages, try_again
 
 if TYPE_CHECKING:
@@ -42,6 +43,14 @@ class Revival:
         self._outages = None if backoff is None else Outages(backoff)
         self._stop = threading.Event()
         self._under_way: DiskLink | None = None
+
+    def place(self, endpoint: Endpoint) -> Endpoint:
+        """``endpoint``, if a disk may move there. Raises `UsageError` where it has to be found again, and cannot be."""
+        return reachable_again(endpoint) if self.wanted else endpoint
+
+    def moved(self, endpoint: Endpoint) -> None:
+        """Later links are made there."""
+        self._endpoint = endpoint
 
     def dial(self) -> DiskLink:
         """Connect anew. Raises what `DiskLink.open` does."""

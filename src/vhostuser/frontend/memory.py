@@ -33,6 +33,7 @@ class Pool:
 
     def __init__(self, start: int, size: int) -> None:
         """``start`` and ``size`` are bytes of the arena, multiples of `PAGE`."""
+        self.start: Final = start
         self.size: Final = size
         self.free = size
         self._runs = [(start, size)] if size else []  # sorted, never adjacent

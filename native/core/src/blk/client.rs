@@ -163,9 +163,9 @@ impl ClientQueue {
         !self.free.is_empty() && usize::from(self.ring.free()) >= descriptors
     }
 
-    /// Makes a request; the device sees it with the next `publish`.
+    /// Makes a request; the device sees it with the next `publish`. Returns the guest address of its status byte.
     #[inline]
-    pub fn submit(&mut self, request: &ClientRequest<'_>) -> Result<(), DriverError> {
+    pub fn submit(&mut self, request: &ClientRequest<'_>) -> Result<u64, DriverError> {
         if request.data.len() > usize::from(self.layout.seg_max) {
             return Err(DriverError::Chain);
         }
@@ -193,7 +193,7 @@ impl ClientQueue {
         self.free.pop();
         self.slot_of[usize::from(head)] = slot;
         self.tokens[usize::from(slot)] = request.token;
-        Ok(())
+        Ok(header + STATUS_AT as u64)
     }
 
     /// Makes what was submitted visible. True when the device wants a kick.
