@@ -139,6 +139,23 @@ def test_a_start_without_an_acknowledgement_ends_the_connection_when_the_image_i
     migration.write(0)
 
 
+def test_a_ring_that_is_kicked_before_its_size_is_known_starts_with_that_when_the_image_is_there(
+    migration: Migration,
+) -> None:
+    peer, ring = migration.destination.peer, migration.rings[0]
+    peer.do(Req.SET_VRING_ADDR, ring.addr())
+    peer.do(Req.SET_VRING_CALL, VringFd.of(0), [ring.call])
+    peer.do(Req.SET_VRING_KICK, VringFd.of(0), [ring.kick])
+    peer.do(Req.SET_VRING_ENABLE, VringState(0, 1))
+    assert peer.tell(Req.SET_VRING_NUM, VringState(0, ring.size)) != 0
+    migration.write(0)
+    bases = migration.stop(migration.source)
+    peer.do(Req.SET_VRING_BASE, VringState(0, bases[0]))
+    peer.do(Req.SET_VRING_NUM, VringState(0, ring.size))
+    assert migration.images == ("lent", "held")
+    assert ring.request(IN, 0, room=512) == (OK, b"\1" * 512)
+
+
 def test_a_failed_migration_goes_on_at_the_source(migration: Migration) -> None:
     for sector in (0, 2, 4):
         migration.write(sector)

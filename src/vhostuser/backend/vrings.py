@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from vhostuser._native import GuestMemory
 from vhostuser.backend.rings import RingEvent, RingPlan, RingState
-from vhostuser.errors import DrainTimeout, SetupError
+from vhostuser.errors import DrainTimeout, OperatorError, SetupError
 from vhostuser.protocol import F_LOG_ALL, F_PROTOCOL_FEATURES
 
 if TYPE_CHECKING:
@@ -287,7 +287,7 @@ class Vrings:
         old, self._plans[index] = self._plans[index], plan
         try:
             self._start_if_complete(index)
-        except SetupError:
+        except (SetupError, OperatorError):
             self._plans[index] = old
             raise
 
