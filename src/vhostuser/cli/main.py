@@ -23,6 +23,7 @@ COMMANDS = {
     "read": "Read a disk from its back-end to standard output.",
     "write": "Write standard input to the disk of a back-end.",
     "copy": "Copy between back-ends, files and standard streams.",
+    "migrate": "Move a disk between two back-ends under load.",
     "bench": "Measure a back-end, or compare two.",
 }
 
