@@ -275,7 +275,7 @@ class StorageDaemon(Backend):
             "inject",
             "on_enospc",
             "lock_timeout",
-            "rate_limit",
+            "on_error",
         ):
             if getattr(export, name) is not None:
                 raise NotSupportedError(f"qemu-storage-daemon has no option for {name}")
