@@ -31,10 +31,11 @@ SIZE: Final = 2 * MIB
 HELD: Final = 4
 DISKS: Final = ("vda", "vdb")
 LIMIT_S: Final = 60.0
-SLOWLY: Final = 32 * MIB
-"""Bytes a second at which a migration takes some seconds, so that something can happen on the way."""
+SLOWLY: Final = 2 * MIB
+"""Bytes a second at which a migration takes most of a minute, so that something can happen on the way."""
 SLOW: Final = "delay-read=30ms,delay-write=10ms,delay-flush=15ms"
 """Each request takes half to one and a half times as long, so that many are under way when the guest stops."""
+LATE: Final = {"engine": "io_uring", "queues": 1, "inject": "delay-read=200ms"}
 KINDS: Final = (
     {"engine": "io_uring", "queues": 1},
     {"engine": "syscalls", "queues": 4},
@@ -84,7 +85,7 @@ def test_ten_times_there_and_back_under_load_not_one_block_differs(travel: Trave
 
 
 def test_without_the_dirty_log_guests_are_damaged_so_that_these_tests_can_fail(travel: Travel) -> None:
-    traveller = travel(KINDS[2:], kind=Unlogged)
+    traveller = travel([LATE, LATE], kind=Unlogged)
     for _ in range(4):
         there = traveller.destination()
         traveller.load()
@@ -101,10 +102,10 @@ def traveller(travel: Travel) -> Traveller:
 
 
 def half_way(traveller: Traveller, there: Place) -> None:
-    """Load the guest, and have it on its way with a good part of its memory at the other end."""
+    """Load the guest, and have it on its way with a part of its memory at the other end."""
     traveller.load()
     traveller.set_out(there, bytes_per_s=SLOWLY)
-    wait_sent(traveller.guest, 16 * MIB)
+    wait_sent(traveller.guest, 2 * MIB)
 
 
 def prove(traveller: Traveller) -> None:
@@ -186,7 +187,9 @@ def test_a_disk_that_grows_during_a_migration_has_grown_for_the_guest_at_either_
     prove(traveller)
 
 
-def test_a_write_cache_switched_off_during_a_migration_is_off_at_the_destination(traveller: Traveller) -> None:
+def test_a_write_cache_switched_off_during_a_migration_is_off_at_the_destination(
+    traveller: Traveller, qemu: Qemu
+) -> None:
     there = traveller.destination()
     half_way(traveller, there)
     for name in DISKS[:2]:
@@ -194,9 +197,10 @@ def test_a_write_cache_switched_off_during_a_migration_is_off_at_the_destination
     traveller.arrive(there)
     for name, backend in zip(DISKS, there.backends, strict=False):
         assert backend.information()["writeback"] is False
-        assert traveller.guest.run(f"cat /sys/block/{name}/cache_type") == "write through\n"
-        traveller.guest.run(f"echo 'write back' >/sys/block/{name}/cache_type")
-        assert backend.information()["writeback"] is True
+        if qemu.version < CARRIES_SINCE:  # QEMU 11.1 shows the guest what it read before the guest came
+            traveller.guest.run(f"until grep -q through /sys/block/{name}/cache_type; do usleep 20000; done", LIMIT_S)
+            traveller.guest.run(f"echo 'write back' >/sys/block/{name}/cache_type")
+            assert backend.information()["writeback"] is True
     prove(traveller)
 
 
@@ -228,6 +232,7 @@ def test_back_ends_of_the_destination_that_are_away_when_the_guest_arrives_may_c
     half_way(traveller, there)
     for backend in there.backends:
         backend.kill()
+    traveller.hurry()
     there.guest.qmp.wait("RESUME", LIMIT_S)
     for backend in there.backends:
         backend.restart()
