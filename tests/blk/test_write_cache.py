@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,12 +14,13 @@ from tests.backend.frontend import Frontend
 
 from vhostuser.backend import Server
 from vhostuser.backend.inflight import KEEPSAKE_BYTES, KEEPSAKE_HEAD, KEEPSAKE_MARK
+from vhostuser.backend.session import Session
 from vhostuser.blk import BlockDevice
-from vhostuser.disks import FileDisk
+from vhostuser.disks import FileDisk, MemoryDisk
 from vhostuser.fds import Fd
 from vhostuser.protocol import FrontendRequest, Inflight
 from vhostuser.protocol.payloads import Config
-from vhostuser.transport import listen
+from vhostuser.transport import Transport, listen
 
 Req = FrontendRequest
 WRITEBACK = 32
@@ -64,6 +67,34 @@ class Backends:
 def backends(tmp_path: Path) -> Iterator[Backends]:
     with ExitStack() as stack:
         yield Backends(tmp_path, stack)
+
+
+def test_the_region_goes_with_its_connection() -> None:
+    """Not when Python comes to collect what is left of the session. Found by the fuzzer of the session."""
+    ours, theirs = socket.socketpair()
+    with MemoryDisk(1 << 20) as disk:
+        device = BlockDevice(disk)
+        session = Session(device, Transport(theirs))
+        thread = threading.Thread(target=session.run)
+        thread.start()
+        with Frontend(ours) as peer:
+            peer.negotiate()
+            told = peer.ask(Req.GET_INFLIGHT_FD, Inflight(0, 0, 1, 128))
+            assert isinstance(told, Inflight)
+            with peer.fds[0], open(os.memfd_create("kept-here"), "w+b") as region:
+                os.ftruncate(region.fileno(), told.mmap_size)
+                peer.do(Req.SET_INFLIGHT_FD, told, [region.fileno()])
+            switch(peer, False)
+            assert any("kept-here" in name for name in open_files())
+        thread.join()
+        assert not any("kept-here" in name for name in open_files())
+        assert not session.open
+        device.close()
+
+
+def open_files() -> list[str]:
+    fds = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    return [os.readlink(fd) for fd in fds if os.path.islink(fd)]
 
 
 def switch(peer: Frontend, on: bool) -> None:

@@ -99,7 +99,7 @@ def test_the_stub_of_spdk_refuses_what_spdk_refuses(stub: Stub) -> None:
 def test_spdk_is_driven_without_acknowledgements_and_asked_nothing_that_it_did_not_offer(stub: Stub) -> None:
     backend = stub(SPDK)
     with vhostuser.connect(backend.socket_path) as disk:
-        assert disk.protocol_features == ProtocolFeature.CONFIG
+        assert disk.protocol_features == ProtocolFeature.CONFIG | ProtocolFeature.LOG_SHMFD
         assert disk.config.seg_max == 126
         assert disk.config.size_max == 131072
         assert disk.num_queues == 1
@@ -119,7 +119,7 @@ def test_a_disk_without_indirect_descriptors_is_used_with_direct_ones(stub: Stub
 def test_crosvm_s_shared_memory_feature_is_left_alone(stub: Stub) -> None:
     backend = stub(CROSVM)
     with vhostuser.connect(backend.socket_path, queues=2) as disk:
-        assert not disk.protocol_features & (ProtocolFeature.SHMEM | ProtocolFeature.DEVICE_STATE)
+        assert ProtocolFeature.SHMEM not in disk.protocol_features
         assert ProtocolFeature.BACKEND_REQ in disk.protocol_features
         disk.write(0, b"\x31" * 512)
     assert Req.SET_BACKEND_REQ_FD in backend.seen

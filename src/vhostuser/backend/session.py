@@ -337,6 +337,7 @@ class Session:
 
     def _end(self) -> None:
         """Give everything back. The connection is closed first unless it is we who leave."""
+        self._keepsake = None  # it has the region open
         with ExitStack() as last:
             for step in (self._let_go, self._device.reset, self._rings.close, self._news.close, self._state.close):
                 last.callback(step)
