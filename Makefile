@@ -7,7 +7,7 @@ export PYTHON
 
 NATIVE_SOURCES := $(shell find native \( -name target -o -name fuzz -o -name loom -o -name peers \) -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
 
-.PHONY: all help demo build format lint test test-native restarts guest interop bench docs fuzz loom sanitize oracle mutants kills soak survival-costs packages clean
+.PHONY: all help demo build format lint test test-native restarts guest interop bench docs fuzz loom sanitize oracle mutants kills soak survival-costs migration-costs packages clean
 .DELETE_ON_ERROR:
 
 all: format build lint test
@@ -33,6 +33,7 @@ help:
 	@echo 'make kills        kills back-ends at every step and KILLS (10000) times at random, and plants mistakes (half an hour)'
 	@echo 'make soak         SOAK_SECONDS (3600) of mixed load with kills, resets and resizes; memory must stay flat'
 	@echo 'make survival-costs  what in-flight tracking and the sandbox cost, as ratios of one run (minutes, a quiet machine)'
+	@echo 'make migration-costs  what the dirty log costs, on and off, as ratios of one run (minutes, a quiet machine)'
 	@echo 'make clean        removes what the other targets made'
 
 # -- building ---------------------------------------------------------------------------------------------------------
@@ -146,6 +147,9 @@ soak: build packages
 
 survival-costs: build
 	$(BIN)/python -m benchmarks.survival --json build/survival-costs.json
+
+migration-costs: build
+	$(BIN)/python -m benchmarks.migration --json build/migration-costs.json
 
 # -- documentation ----------------------------------------------------------------------------------------------------
 

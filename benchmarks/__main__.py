@@ -21,8 +21,21 @@ from pathlib import Path
 
 from tests.backend.frontend import USER_BASE, Frontend
 
-from vhostuser._native import Arena, InflightRegion, LoadResult, RequestQueue, StopFlag, run_load
-from vhostuser.protocol import FrontendRequest, Inflight, MemoryRegion, MemoryTable, VringAddr, VringFd, VringState
+from vhostuser._native import Arena, DirtyLog, InflightRegion, LoadResult, RequestQueue, StopFlag, run_load
+from vhostuser.protocol import (
+    F_LOG_ALL,
+    F_PROTOCOL_FEATURES,
+    U64,
+    FrontendRequest,
+    Inflight,
+    Log,
+    MemoryRegion,
+    MemoryTable,
+    VringAddr,
+    VringFd,
+    VringFlag,
+    VringState,
+)
 
 Req = FrontendRequest
 GIB = 1 << 30
@@ -55,10 +68,10 @@ LOADS = (
 
 
 @contextmanager
-def served(disk: str, directory: Path, *options: str) -> Iterator[str]:
-    """`vhostuser serve` on a socket, ended afterwards."""
+def served(disk: str, directory: Path, *options: str, python: str = sys.executable) -> Iterator[str]:
+    """`vhostuser serve` on a socket, ended afterwards; ``python``: the interpreter of the build that serves."""
     place = str(directory / f"bench{''.join(options)}.sock")
-    words = [sys.executable, "-m", "vhostuser.cli.main", "serve", disk, "--socket", place, "--queues", "1", *options]
+    words = [python, "-m", "vhostuser.cli.main", "serve", disk, "--socket", place, "--queues", "1", *options]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
@@ -86,8 +99,13 @@ def track(peer: Frontend) -> InflightRegion:
 
 
 @contextmanager
-def started(place: str, *, tracked: bool = False) -> Iterator[tuple[Callable[[Load, float], LoadResult], int]]:
-    """Queue 0, once what loads reach was written: a function that runs one, and the back-end's process."""
+def started(
+    place: str, *, tracked: bool = False, log: DirtyLog | None = None, end_log: bool = False
+) -> Iterator[tuple[Callable[[Load, float], LoadResult], int]]:
+    """Queue 0, once what loads reach was written: a function that runs one, and the back-end's process.
+
+    ``log``: what the back-end writes from then on is logged there; with ``end_log`` that ends before the first load.
+    """
     arena = Arena(ARENA)
     with Frontend.connect(place) as peer:
         features = peer.negotiate()
@@ -105,6 +123,15 @@ def started(place: str, *, tracked: bool = False) -> Iterator[tuple[Callable[[Lo
         (pid,) = struct.unpack_from("i", peer.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         try:
             run(queue, WARM_UP, kick, call, seconds=60.0, requests=SPAN // WARM_UP.block_size)
+            if log is not None:
+                addr = VringAddr(0, VringFlag.LOG, desc, used, avail, queue.areas[2])
+                peer.ask(Req.SET_LOG_BASE, Log(log.size, 0), [log.fd])
+                peer.do(Req.SET_FEATURES, U64(features | F_PROTOCOL_FEATURES | F_LOG_ALL))
+                peer.do(Req.SET_VRING_ADDR, addr)
+            if log is not None and end_log:
+                peer.do(Req.SET_FEATURES, U64(features | F_PROTOCOL_FEATURES))
+                peer.do(Req.SET_VRING_ADDR, VringAddr(0, 0, desc, used, avail, 0))
+                log.take()
             yield lambda load, seconds: run(queue, load, kick, call, seconds=seconds), pid
         finally:
             os.close(kick)
