@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import pytest
 
 from vhostuser import BlockDevice, MemoryDisk, Server, listen
 
-from .conftest import Run
+from .conftest import Run, Serving
 
 
 @pytest.fixture
@@ -45,3 +45,19 @@ def test_a_destination_that_does_not_fit_is_one_line_and_exit_1(run: Run, places
     assert done.returncode == 1
     assert done.stderr.startswith(f"vhostuser: {places[2]}: the disk was not moved: its size in sectors")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_disk_moves_between_two_processes_that_share_an_image(
+    run: Run, serving: Callable[..., Serving], tmp_path: Path
+) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    places = [tmp_path / "a.sock", tmp_path / "b.sock"]
+    serving("serve", str(image), "--socket", str(places[0]))
+    serving("serve", str(image), "--socket", str(places[1]), "--incoming")
+    done = run("vhostuser", "migrate", *map(str, places), "--write", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    (move,) = json.loads(done.stdout)["moves"]
+    assert move["differing"] == []
+    assert move["state_bytes"] == 128
+    assert any(image.read_bytes()), "the load has written"
