@@ -57,13 +57,20 @@ class Ram(GuestRam):
 class LoggedRing(GuestRing):
     """A ring whose used ring is apart from what the driver writes, and crosses pages."""
 
-    def __init__(self, memory: Ram, index: int, size: int, features: int) -> None:
+    def __init__(
+        self, memory: Ram, index: int, size: int, features: int, *, base: int = 0, parted: bool = False
+    ) -> None:
+        """``parted``: flags and index of the used ring end a page, and its entries begin the next one."""
         super().__init__(memory, index, size, features)
         desc, avail, _ = self.places
         used = memory.device_room(6 + 8 * size, 4) + 8  # it begins wherever the one before ended
         memory.device_room(16)
+        if parted:
+            used = memory.device_room(2 * PAGE + 8 * size, PAGE) + PAGE - 4
         self.places = (desc, avail, used)
-        self.driver = DriverRing(memory.arena, size=size, desc=desc, avail=avail, used=used, features=features)
+        self.driver = DriverRing(
+            memory.arena, size=size, desc=desc, avail=avail, used=used, features=features, base=base
+        )
 
     def log_addr(self, *, log: bool) -> VringAddr:
         desc, avail, used = (USER_BASE + place for place in self.places)
@@ -241,6 +248,30 @@ def test_a_copy_made_of_logged_pages_is_guest_memory(served: str, features: int,
         assert copy.pages > 300
         for ring in rings:
             ring.close()
+
+
+def test_used_entries_that_go_on_at_the_ring_s_begin_are_logged_there_too(served: str) -> None:
+    """With a ring of 1024 the entries before the wrap, those behind it and the index lie on three pages."""
+    ram = Ram()
+    with Frontend.connect(served) as peer:
+        features = peer.negotiate(1 << 32)
+        ram.share(peer)
+        ring = LoggedRing(ram, 0, 1024, features, base=1016, parted=True)
+        ring.start(peer, base=1016)
+        log = DirtyLog.create(ram.size // PAGE // 8)
+        begin_log(peer, [ring], log, features)
+        log.take()
+        ram.view[ram.scratch : ram.scratch + 16] = GET_ID.to_bytes(16, "little")
+        for number in range(16):
+            place = ram.size - PAGE * (number + 1)
+            ring.driver.add([(ram.scratch, 16)], [(place, 21)])
+        os.eventfd_write(ring.kick, int(ring.driver.publish()) or 1)
+        done = 0
+        while done < 16:
+            done += len(ring.wait())
+        bits, first = log.take(), (ring.places[2] + 4) // PAGE
+        assert [bits[page // 8] >> page % 8 & 1 for page in (first - 1, first, first + 1)] == [1, 1, 1]
+        ring.close()
 
 
 def test_once_logging_ends_nothing_is_logged(served: str) -> None:
