@@ -121,7 +121,7 @@ impl Serve for ChainServe {
         &mut self.engine
     }
 
-    fn start_batch(&mut self) {}
+    fn start_batch(&mut self, _now_ns: u64) {}
 
     fn begin(&mut self, ring: u16, _features: u64, chain: &mut Chain, memory: &Arc<GuestMemory>) -> Begun {
         if chain.fault.is_some() {

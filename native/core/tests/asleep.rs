@@ -27,7 +27,7 @@ impl Serve for Sleeper {
         &mut self.engine
     }
 
-    fn start_batch(&mut self) {
+    fn start_batch(&mut self, _now_ns: u64) {
         if self.passes.fetch_add(1, Ordering::SeqCst) == 0 {
             let one = 1_u64;
             // SAFETY: eight bytes, of a local.

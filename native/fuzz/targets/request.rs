@@ -193,7 +193,7 @@ impl Play<'_> {
     /// One chain, and exactly one answer.
     fn serve(&mut self, chain: &mut Chain) -> u32 {
         let (head, mut finished) = (chain.head, Vec::new());
-        self.serve.start_batch();
+        self.serve.start_batch(0);
         let begun = self.serve.begin(0, self.features, chain, &self.guest.memory);
         self.serve.engine().kick().expect("memory");
         self.serve.finish_batch(&mut finished);

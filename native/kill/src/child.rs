@@ -100,7 +100,14 @@ fn open(path: &str, shape: Shape, fence: bool) -> Result<Spec, String> {
     }
     let method = if shape.storage == Storage::Syscalls { Method::Syscalls } else { Method::IoUring };
     let align = if direct { DIRECT_ALIGN } else { 0 };
-    let options = FileOptions { method, direct, memory_align: align, offset_align: align, block_device: false };
+    let options = FileOptions {
+        method,
+        direct,
+        memory_align: align,
+        offset_align: align,
+        block_device: false,
+        inline: shape.storage == Storage::Inline,
+    };
     Spec::file(file.into(), options).map_err(say)
 }
 

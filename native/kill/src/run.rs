@@ -12,6 +12,8 @@ use crate::states::{order_state, State, BEGIN_STEPS, RECOVER_STEPS};
 const BUDGET: u64 = 5000;
 /// Requests that are answered in order.
 const IDS: usize = 10;
+/// Those of them that are under way when the back-end dies: of more the driver would see the first already.
+const UNDER_WAY: usize = 3;
 /// Answers that the last back-end of a run gives before it is over.
 const AFTERWARDS: u64 = 60;
 
@@ -71,7 +73,7 @@ pub(crate) fn kill_at(step: &str, state: &State, image: &Path, seed: u64, fence:
     Ok(kills)
 }
 
-/// Kills two back-ends with requests under way that the third answers in the order in which they were made: they are
+/// Kills two back-ends in a row with requests under way that the third answers in the order in which they were made: they are
 /// answered without storage, so that nothing but the replay decides the order. Returns the kills.
 pub(crate) fn kill_in_order(image: &Path, seed: u64, fence: bool) -> Result<u64, Trouble> {
     let state = order_state();
@@ -83,7 +85,7 @@ pub(crate) fn kill_in_order(image: &Path, seed: u64, fence: bool) -> Result<u64,
     host.kill(backend, false)?;
     for _ in 0..2 {
         host.ask_ids(IDS)?;
-        let mut backend = host.start(Some("submitted:1"))?;
+        let mut backend = host.start(Some(&format!("begun:{UNDER_WAY}")))?;
         while !host.wait(&backend, None)? {
             if host.reap()? > 0 {
                 return Err(Violation("an answer came before it was published".into()).into());

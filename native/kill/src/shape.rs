@@ -28,6 +28,8 @@ pub(crate) enum Storage {
     Direct,
     /// A file by plain system calls.
     Syscalls,
+    /// A file by io_uring, but by the worker itself where that does not wait.
+    Inline,
 }
 
 impl Display for Storage {
@@ -36,6 +38,7 @@ impl Display for Storage {
             Self::IoUring => "io_uring",
             Self::Direct => "direct",
             Self::Syscalls => "syscalls",
+            Self::Inline => "inline",
         })
     }
 }
@@ -44,7 +47,7 @@ impl FromStr for Storage {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        [Self::IoUring, Self::Direct, Self::Syscalls]
+        [Self::IoUring, Self::Direct, Self::Syscalls, Self::Inline]
             .into_iter()
             .find(|storage| storage.to_string() == text)
             .ok_or_else(|| format!("there is no storage {text}"))

@@ -35,7 +35,7 @@ impl EngineSpec {
             "syscalls" => Method::Syscalls,
             other => return Err(PyValueError::new_err(format!("no engine is called {other:?}"))),
         };
-        let options = FileOptions { method, direct, memory_align, offset_align, block_device };
+        let options = FileOptions { method, direct, memory_align, offset_align, block_device, inline: true };
         Ok(Self(Spec::file(duplicate(fd)?, options)?))
     }
 

@@ -288,8 +288,8 @@ impl BlockQueues {
         if num_queues == 0 || num_workers == 0 {
             return Err(Failure::Setup("a disk has at least one queue and one worker".into()).into());
         }
-        if block_size == 0 || block_size % 512 != 0 {
-            return Err(Failure::Setup(format!("block size {block_size} is no multiple of 512")).into());
+        if block_size < 512 || !block_size.is_power_of_two() {
+            return Err(Failure::Setup(format!("block size {block_size} is no power of two from 512 on")).into());
         }
         let limits = Limits {
             num_sectors,

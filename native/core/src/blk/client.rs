@@ -104,9 +104,10 @@ pub struct Answer {
 pub struct ClientQueue {
     ring: DriverRing,
     layout: ClientLayout,
-    /// Guest address of the arena's first byte.
-    base: u64,
     slots: GuestSlice,
+    /// Guest addresses of the first slot and the first table.
+    slots_addr: u64,
+    tables_addr: u64,
     /// Room for each slot's indirect table; none without the feature.
     tables: Vec<GuestSlice>,
     free: Vec<u16>,
@@ -142,9 +143,10 @@ impl ClientQueue {
         Ok(Self {
             ring: DriverRing::new(areas, features, first)?,
             slots: slice(layout.slots(), SLOT_LEN * size)?,
+            slots_addr: base + layout.slots() as u64,
+            tables_addr: base + layout.tables() as u64,
             tables: (0..tables).map(table).collect::<Result<_, _>>()?,
             layout,
-            base,
             free: (0..layout.size).rev().collect(),
             tokens: vec![0; size],
             slot_of: vec![0; size],
@@ -177,7 +179,7 @@ impl ClientQueue {
         self.slots.store_u64(at, u64::from(request.kind))?;
         self.slots.store_u64(at + 8, request.sector)?;
         self.slots.store_u16(at + STATUS_AT, u16::from(UNANSWERED))?;
-        let header = self.base + (self.layout.slots() + at) as u64;
+        let header = self.slots_addr + at as u64;
         let place = |addr, len, writable| Segment { addr, len, writable };
         self.segments.clear();
         self.segments.push(place(header, STATUS_AT as u32, false));
@@ -185,7 +187,7 @@ impl ClientQueue {
         self.segments.push(place(header + STATUS_AT as u64, 1, true));
         let head = match self.tables.get(usize::from(slot)) {
             Some(table) => {
-                let addr = self.base + (self.layout.tables() + self.layout.table_len() * usize::from(slot)) as u64;
+                let addr = self.tables_addr + (self.layout.table_len() * usize::from(slot)) as u64;
                 self.ring.add_indirect(&self.segments, table, addr)?
             }
             None => self.ring.add(&self.segments)?,

@@ -37,7 +37,7 @@ pub(super) const S_UNSUPP: u8 = 2;
 pub struct Limits {
     /// Capacity in sectors of 512 bytes.
     pub num_sectors: u64,
-    /// Logical block size in bytes: a multiple of 512.
+    /// Logical block size in bytes: a power of two, 512 at least.
     pub block_size: u32,
     /// Nothing may be changed.
     pub read_only: bool,
@@ -195,7 +195,8 @@ fn place(limits: &Limits, sector: u64, len: u64) -> Option<u64> {
     let capacity = limits.num_sectors.checked_mul(SECTOR)?;
     let offset = sector.checked_mul(SECTOR)?;
     let inside = offset.checked_add(len)? <= capacity;
-    (inside && offset % block == 0 && len % block == 0).then_some(offset)
+    // A block is a power of two of bytes: `Limits::block_size`.
+    (inside && (offset | len) & (block - 1) == 0).then_some(offset)
 }
 
 fn discard_or_zero(

@@ -244,19 +244,45 @@ impl BlkServe {
         }
     }
 
-    /// Answers at once, without storage.
+    /// Has the engine move the data at once if it can.
+    #[inline]
+    fn move_now(&mut self, ring: u16, chain: &Chain, kind: Kind, offset: u64) -> bool {
+        let durable = kind == Kind::Write && !self.writeback;
+        let (stream, bytes, name) = match kind {
+            Kind::Read => (&chain.writable, chain.writable_len, RequestType::Read),
+            _ => (&chain.readable, chain.readable_len, RequestType::Write),
+        };
+        if bytes == 0 {
+            return false;
+        }
+        if !self.engine.inline() {
+            // It may take a moment, and is in flight meanwhile.
+            if let Some(Some(facts)) = self.facts.get(usize::from(ring)) {
+                facts.in_flight.describe(chain.head, name, offset / SECTOR, bytes);
+                facts.in_flight.taken(chain.head, self.now_ns);
+            }
+        }
+        self.engine.move_now(kind, offset, durable, stream)
+    }
+
+    /// Answers at once with `code`; the device has stored `data` bytes of the `room` before the status byte.
+    #[inline]
     fn answer(status: IoVec, code: u8, kind: RequestType, data: u32, room: u64) -> Begun {
-        status.copy_from(&[code]);
+        Self::answer_moved(status, code, kind, 0, if u64::from(data) == room { data + 1 } else { data })
+    }
+
+    #[inline]
+    fn answer_moved(status: IoVec, code: u8, kind: RequestType, bytes: u64, written: u32) -> Begun {
+        status.set_first(code);
         step!("status");
-        let written = if u64::from(data) == room { data + 1 } else { data };
-        Begun::Done(Outcome { written, kind, bytes: 0, failed: code != S_OK, bounced: false })
+        Begun::Done(Outcome { written, kind, bytes, failed: code != S_OK, bounced: false })
     }
 }
 
 impl Slot {
     /// Writes the status byte.
     fn outcome(&self) -> Outcome {
-        self.status.copy_from(&[self.code]);
+        self.status.set_first(self.code);
         step!("status");
         let ok = self.code == S_OK;
         let written = self.written[usize::from(!ok)];
@@ -277,14 +303,13 @@ impl Serve for BlkServe {
         &mut self.engine
     }
 
-    fn start_batch(&mut self) {
+    fn start_batch(&mut self, now_ns: u64) {
+        self.engine.tick(now_ns);
+        self.now_ns = now_ns;
         self.limits.num_sectors = self.shared.num_sectors.load(Ordering::Acquire);
         self.writeback = self.shared.writeback.load(Ordering::Acquire);
         self.limited = self.shared.rate.is_on();
         self.refused = false;
-        if self.limited {
-            self.now_ns = now_ns();
-        }
     }
 
     #[inline]
@@ -346,6 +371,16 @@ impl Serve for BlkServe {
             self.shared.rate.charge(moved, self.now_ns);
         }
         let room = chain.writable_len;
+        let moved = match request {
+            Request::In { offset } => self.move_now(ring, chain, Kind::Read, offset),
+            Request::Out { offset } => self.move_now(ring, chain, Kind::Write, offset),
+            _ => false,
+        };
+        if moved {
+            // A read has filled all of the room and a write had none; the status byte comes on top.
+            let written = u32::try_from(room + 1).unwrap_or(u32::MAX);
+            return Self::answer_moved(status, S_OK, kind, room.max(chain.readable_len), written);
+        }
         let (operations, bytes) = match request {
             Request::Refused(code) => return Self::answer(status, code, kind, 0, room),
             Request::GetId => {

@@ -6,9 +6,11 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::inline::Inline;
 use super::pool::Pool;
 use super::transfer::{Step, Target, Transfer};
-use super::{Completion, Engine, Operation};
+use super::{Completion, Engine, Kind, Operation};
+use crate::memory::IoVec;
 use crate::sys::buffer::AlignedBuffer;
 use crate::sys::uring::{Request, Ring};
 
@@ -30,6 +32,7 @@ pub struct FileEngine {
     /// Transfers that need a bounce buffer.
     waiting: VecDeque<Transfer>,
     pending: usize,
+    inline: Inline,
     /// Given back by the pool; empty between calls.
     ended: Vec<Transfer>,
 }
@@ -38,6 +41,7 @@ impl FileEngine {
     pub(super) fn new(target: Arc<Target>) -> io::Result<Self> {
         Ok(Self {
             ring: Ring::new()?,
+            inline: Inline::new(&target),
             target,
             pool: None,
             buffers: Vec::new(),
@@ -121,6 +125,15 @@ impl Engine for FileEngine {
         false
     }
 
+    #[inline]
+    fn move_now(&mut self, kind: Kind, offset: u64, durable: bool, runs: &[IoVec]) -> bool {
+        self.inline.move_now(&self.target, kind, offset, durable, runs)
+    }
+
+    fn tick(&mut self, now_ns: u64) {
+        self.inline.tick(now_ns);
+    }
+
     fn submit(&mut self, operation: Operation) -> Option<Completion> {
         let completion = self.proceed(Transfer::new(operation, &self.target));
         self.pending += usize::from(completion.is_none());
@@ -180,6 +193,7 @@ impl Engine for FileEngine {
     }
 
     fn wait(&mut self, timeout: Option<Duration>, ready: &mut Vec<u32>) -> io::Result<()> {
+        self.inline.sleeps();
         if let Some(pool) = &mut self.pool {
             pool.kick();
         }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Completion, Engine, Kind, Operation};
+use crate::memory::IoVec;
 
 /// What goes wrong, and how often. Discards and zeroes count as writes.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -162,6 +163,10 @@ impl<E: Engine> FaultyEngine<E> {
 
 impl<E: Engine> Engine for FaultyEngine<E> {
     fn inline(&self) -> bool {
+        false
+    }
+
+    fn move_now(&mut self, _kind: Kind, _offset: u64, _durable: bool, _runs: &[IoVec]) -> bool {
         false
     }
 

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::{Completion, Engine, Kind, Operation};
+use crate::memory::IoVec;
 use crate::sys::anon::{Anon, BeyondEnd};
 use crate::sys::poll::PollSet;
 
@@ -51,22 +52,29 @@ impl MemoryDisk {
         Ok(())
     }
 
+    #[inline]
+    fn read(&self, mut offset: u64, runs: &[IoVec]) -> Result<(), BeyondEnd> {
+        for run in runs {
+            self.bytes.read(offset, run)?;
+            offset += run.len() as u64;
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn write(&self, mut offset: u64, runs: &[IoVec]) -> Result<(), BeyondEnd> {
+        for run in runs {
+            self.bytes.write(offset, run)?;
+            offset += run.len() as u64;
+        }
+        Ok(())
+    }
+
     fn run(&self, operation: &Operation) -> Result<(), BeyondEnd> {
         let Operation { kind, offset, len, .. } = *operation;
-        let mut at = offset;
         match kind {
-            Kind::Read => {
-                for run in &operation.runs {
-                    self.bytes.read(at, run)?;
-                    at += run.len() as u64;
-                }
-            }
-            Kind::Write => {
-                for run in &operation.runs {
-                    self.bytes.write(at, run)?;
-                    at += run.len() as u64;
-                }
-            }
+            Kind::Read => self.read(offset, &operation.runs)?,
+            Kind::Write => self.write(offset, &operation.runs)?,
             Kind::Flush => {}
             Kind::Discard | Kind::WriteZeroes { unmap: true } => self.bytes.release(offset, len)?,
             Kind::WriteZeroes { unmap: false } => self.bytes.zero(offset, len)?,
@@ -92,6 +100,14 @@ impl MemoryEngine {
 impl Engine for MemoryEngine {
     fn inline(&self) -> bool {
         true
+    }
+
+    #[inline]
+    fn move_now(&mut self, kind: Kind, offset: u64, _durable: bool, runs: &[IoVec]) -> bool {
+        match kind {
+            Kind::Read => self.disk.read(offset, runs).is_ok(),
+            _ => self.disk.write(offset, runs).is_ok(),
+        }
     }
 
     #[inline]

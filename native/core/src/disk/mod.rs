@@ -6,6 +6,7 @@
 
 mod file;
 mod inject;
+mod inline;
 mod memory;
 mod null;
 mod pool;
@@ -95,6 +96,15 @@ impl Completion {
 pub trait Engine: Send {
     /// True when `submit` always completes before it returns; then operations need no `pin`.
     fn inline(&self) -> bool;
+
+    /// Moves the bytes of `runs` from (`Kind::Read`) or to (`Kind::Write`) the disk on this thread, when that takes no
+    /// longer than copying does. True when all of it is done. False promises nothing: `submit` it then, which may do a
+    /// part of it twice.
+    fn move_now(&mut self, kind: Kind, offset: u64, durable: bool, runs: &[IoVec]) -> bool;
+
+    /// What time it is, in nanoseconds on the workers' clock: told before each batch. For who wants to know how long
+    /// the last one took.
+    fn tick(&mut self, _now_ns: u64) {}
 
     /// Takes an operation. Returns its completion when it ended at once.
     /// May only queue it: nothing is promised to move before `kick`, and nothing blocks.

@@ -3,7 +3,8 @@
 use std::io;
 use std::time::Duration;
 
-use super::{Completion, Engine, Operation};
+use super::{Completion, Engine, Kind, Operation};
+use crate::memory::IoVec;
 use crate::sys::poll::PollSet;
 
 /// An engine for which everything succeeds at once and reads leave the buffers as they are.
@@ -14,6 +15,11 @@ pub struct NullEngine {
 
 impl Engine for NullEngine {
     fn inline(&self) -> bool {
+        true
+    }
+
+    #[inline]
+    fn move_now(&mut self, _kind: Kind, _offset: u64, _durable: bool, _runs: &[IoVec]) -> bool {
         true
     }
 

@@ -12,7 +12,8 @@ use super::memory::{MemoryDisk, MemoryEngine};
 use super::null::NullEngine;
 use super::sync::SyncEngine;
 use super::transfer::{Alignment, Target};
-use super::{Completion, Engine, Faults, Operation};
+use super::{Completion, Engine, Faults, Kind, Operation};
+use crate::memory::IoVec;
 use crate::sys::uring;
 
 /// Longer delays than this are a mistake of the tester.
@@ -46,6 +47,8 @@ pub struct FileOptions {
     pub offset_align: usize,
     /// Discard and zero by BLKDISCARD and BLKZEROOUT.
     pub block_device: bool,
+    /// Workers move by themselves what is in memory anyway.
+    pub inline: bool,
 }
 
 impl FileOptions {
@@ -85,7 +88,7 @@ impl Spec {
     /// The file or block device behind `fd`, which it takes. Fails with `EINVAL` for alignments that are none, and
     /// as the kernel does when io_uring was demanded and is refused.
     pub fn file(fd: OwnedFd, options: FileOptions) -> io::Result<Self> {
-        let target = Arc::new(Target::new(fd, options.block_device, options.alignment()?));
+        let target = Arc::new(Target::new(fd, options.block_device, options.alignment()?, options.inline));
         let uring = match options.method {
             Method::Auto => uring::probe().is_ok(),
             Method::IoUring => uring::probe().map(|()| true)?,
@@ -191,6 +194,16 @@ macro_rules! each {
 impl Engine for AnyEngine {
     fn inline(&self) -> bool {
         each!(self, engine => engine.inline())
+    }
+
+    #[inline]
+    fn move_now(&mut self, kind: Kind, offset: u64, durable: bool, runs: &[IoVec]) -> bool {
+        each!(self, engine => engine.move_now(kind, offset, durable, runs))
+    }
+
+    #[inline]
+    fn tick(&mut self, now_ns: u64) {
+        each!(self, engine => engine.tick(now_ns));
     }
 
     #[inline]

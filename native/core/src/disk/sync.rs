@@ -4,9 +4,11 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::inline::Inline;
 use super::pool::Pool;
 use super::transfer::{Step, Target, Transfer};
-use super::{Completion, Engine, Operation};
+use super::{Completion, Engine, Kind, Operation};
+use crate::memory::IoVec;
 use crate::sys::poll::PollSet;
 
 /// Threads of one engine.
@@ -19,6 +21,7 @@ pub struct SyncEngine {
     pool: Pool,
     polls: PollSet,
     pending: usize,
+    inline: Inline,
     /// Given back by the pool; empty between calls.
     ended: Vec<Transfer>,
 }
@@ -28,13 +31,22 @@ impl SyncEngine {
         let pool = Pool::new(Arc::clone(&target), THREADS)?;
         let mut polls = PollSet::default();
         polls.watch(pool.event(), None)?;
-        Ok(Self { target, pool, polls, pending: 0, ended: Vec::new() })
+        Ok(Self { inline: Inline::new(&target), target, pool, polls, pending: 0, ended: Vec::new() })
     }
 }
 
 impl Engine for SyncEngine {
     fn inline(&self) -> bool {
         false
+    }
+
+    #[inline]
+    fn move_now(&mut self, kind: Kind, offset: u64, durable: bool, runs: &[IoVec]) -> bool {
+        self.inline.move_now(&self.target, kind, offset, durable, runs)
+    }
+
+    fn tick(&mut self, now_ns: u64) {
+        self.inline.tick(now_ns);
     }
 
     fn submit(&mut self, operation: Operation) -> Option<Completion> {
@@ -74,6 +86,7 @@ impl Engine for SyncEngine {
     }
 
     fn wait(&mut self, timeout: Option<Duration>, ready: &mut Vec<u32>) -> io::Result<()> {
+        self.inline.sleeps();
         self.pool.kick();
         self.polls.wait(timeout, ready)
     }

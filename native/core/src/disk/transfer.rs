@@ -5,9 +5,10 @@
 //! how long lists are split, when direct I/O needs an aligned buffer, and what to try when the file
 //! cannot discard or zero. Who makes the calls, io_uring or a thread, it does not know.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::inline::Ways;
 use super::{Completion, Kind, Operation};
 use crate::memory::IoVec;
 use crate::sys::buffer::{copy, no_bytes, zeroes, AlignedBuffer};
@@ -41,14 +42,18 @@ pub(super) struct Target {
     pub(super) block_device: bool,
     /// Some for a descriptor opened with O_DIRECT.
     pub(super) direct: Option<Alignment>,
+    /// How it is read and written without waiting.
+    pub(super) ways: Ways,
     no_punch: AtomicBool,
     no_zero_range: AtomicBool,
     no_block_zero: AtomicBool,
 }
 
 impl Target {
-    pub(super) fn new(fd: OwnedFd, block_device: bool, direct: Option<Alignment>) -> Self {
+    pub(super) fn new(fd: OwnedFd, block_device: bool, direct: Option<Alignment>, inline: bool) -> Self {
+        let ways = if inline && direct.is_none() { Ways::of(fd.as_fd()) } else { Ways::NONE };
         Self {
+            ways,
             fd,
             block_device,
             direct,

@@ -129,6 +129,8 @@ struct Load<'a> {
     queue: &'a mut ClientQueue,
     place: &'a Place,
     random: Random,
+    /// Random numbers of 53 bits below this make reads.
+    reads_below: u64,
     next_block: u64,
     writes: u32,
     made: u64,
@@ -161,6 +163,7 @@ pub fn run(
     let blocks = if spec.verify { spec.num_blocks as usize } else { 0 };
     let mut load = Load {
         random: Random::new(spec.seed),
+        reads_below: (spec.read_share * (1u64 << 53) as f64) as u64,
         next_block: 0,
         writes: 0,
         made: 0,
@@ -208,9 +211,8 @@ impl Load<'_> {
             }
             let mut spins = 0;
             loop {
-                if self.take(&now_ns)? {
-                    now = now_ns();
-                    last_answer = now;
+                if let Some(answered) = self.take(&now_ns)? {
+                    (now, last_answer) = (answered, answered);
                     break;
                 }
                 spins += 1;
@@ -244,8 +246,7 @@ impl Load<'_> {
                 Pending { kind: 2, since: now, ..Pending::default() }
             } else {
                 let block = self.choose();
-                let share = (self.random.next() >> 11) as f64 / (1u64 << 53) as f64;
-                let kind = usize::from(share >= self.spec.read_share);
+                let kind = usize::from(self.random.next() >> 11 >= self.reads_below);
                 self.writes += u32::from(kind == 1);
                 Pending { kind, block, generation: 0, since: now }
             };
@@ -299,15 +300,15 @@ impl Load<'_> {
         Ok(())
     }
 
-    /// Takes what was answered; true when anything was.
-    fn take(&mut self, now_ns: &impl Fn() -> u64) -> Result<bool, LoadError> {
-        let Some(first) = self.queue.reap()? else { return Ok(false) };
+    /// Takes what was answered; the time when anything was.
+    fn take(&mut self, now_ns: &impl Fn() -> u64) -> Result<Option<u64>, LoadError> {
+        let Some(first) = self.queue.reap()? else { return Ok(None) };
         let now = now_ns();
         self.settle(first, now);
         while let Some(answer) = self.queue.reap()? {
             self.settle(answer, now);
         }
-        Ok(true)
+        Ok(Some(now))
     }
 
     fn settle(&mut self, answer: Answer, now: u64) {

@@ -58,6 +58,22 @@ impl IoVec {
         self.0.iov_len = self.0.iov_len.min(count);
     }
 
+    /// The first `N` bytes; `None` when there are fewer.
+    #[inline]
+    pub fn first<const N: usize>(&self) -> Option<[u8; N]> {
+        // SAFETY: `from_raw_parts` promises the source; an array of bytes may lie anywhere.
+        (self.len() >= N).then(|| unsafe { self.as_ptr().cast::<[u8; N]>().read() })
+    }
+
+    /// Stores the first byte, if there is one.
+    #[inline]
+    pub fn set_first(&self, byte: u8) {
+        if !self.is_empty() {
+            // SAFETY: `from_raw_parts` promises the target.
+            unsafe { self.as_ptr().write(byte) };
+        }
+    }
+
     /// Copies bytes out, as many as fit into `into`; returns how many.
     #[inline]
     pub fn copy_to(&self, into: &mut [u8]) -> usize {

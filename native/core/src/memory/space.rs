@@ -48,7 +48,17 @@ pub struct RegionSpec {
 #[derive(Clone, Debug)]
 struct Region {
     spec: RegionSpec,
+    /// All its bytes, for as long as `map` lives.
+    bytes: IoVec,
     map: Arc<Mapping>,
+}
+
+impl Region {
+    fn new(spec: RegionSpec, map: Arc<Mapping>) -> Self {
+        // SAFETY: the mapping is as long as the region, and kept beside.
+        let bytes = unsafe { IoVec::from_raw_parts(map.start().as_ptr(), map.len()) };
+        Self { spec, bytes, map }
+    }
 }
 
 /// An immutable table of mapped regions (vhost-user: Memory regions description).
@@ -69,7 +79,7 @@ impl GuestMemory {
             }
             let map = Mapping::of_file(fd, spec.mmap_offset, spec.size)
                 .map_err(|error| MemoryError::Map(spec.guest_addr, error))?;
-            table.push(Region { spec, map });
+            table.push(Region::new(spec, map));
         }
         Self::of_regions(table)
     }
@@ -82,7 +92,7 @@ impl GuestMemory {
             if spec.size != map.len() as u64 {
                 return Err(MemoryError::Table("a region and its mapping differ in size".into()));
             }
-            table.push(Region { spec, map });
+            table.push(Region::new(spec, map));
         }
         Self::of_regions(table)
     }
@@ -96,7 +106,7 @@ impl GuestMemory {
         let mut table = self.by_guest.clone();
         let map = Mapping::of_file(fd, spec.mmap_offset, spec.size)
             .map_err(|error| MemoryError::Map(spec.guest_addr, error))?;
-        table.push(Region { spec, map });
+        table.push(Region::new(spec, map));
         Self::of_regions(table)
     }
 
@@ -157,11 +167,29 @@ impl GuestMemory {
         (guest_addr - region.spec.guest_addr < region.spec.size).then_some(region)
     }
 
+    /// The `len` bytes at `guest_addr`, when there are any and one region has all of them. Whoever holds the run holds the table.
+    #[inline]
+    pub fn run(&self, guest_addr: u64, len: u64) -> Option<IoVec> {
+        let region = self.find(guest_addr)?;
+        let into = guest_addr - region.spec.guest_addr;
+        if len == 0 || len > region.spec.size - into {
+            return None;
+        }
+        let mut run = region.bytes;
+        run.advance(into as usize);
+        run.truncate(len as usize);
+        Some(run)
+    }
+
     /// Appends the runs behind `len` bytes at `guest_addr` to `out`: one for each region touched.
     /// On failure `out` is as before.
     #[inline]
     pub fn runs(&self, guest_addr: u64, len: u64, out: &mut Vec<IoVec>) -> Result<(), Unmapped> {
         let before = out.len();
+        if let Some(run) = self.run(guest_addr, len) {
+            out.push(run);
+            return Ok(());
+        }
         let mut at = guest_addr;
         let mut left = len;
         while left > 0 {
@@ -171,9 +199,10 @@ impl GuestMemory {
             };
             let into = at - region.spec.guest_addr;
             let here = left.min(region.spec.size - into);
-            // SAFETY: `into + here` lies within the region, whose mapping has its size; the table
-            // keeps the mapping, and whoever holds the run holds the table.
-            out.push(unsafe { IoVec::from_raw_parts(region.map.start().as_ptr().add(into as usize), here as usize) });
+            let mut run = region.bytes;
+            run.advance(into as usize);
+            run.truncate(here as usize);
+            out.push(run);
             left -= here;
             // A region ends at most at 2^64 exactly (`check_region`): wrapping to 0 finds what is there.
             match at.checked_add(here) {

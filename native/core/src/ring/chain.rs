@@ -90,22 +90,19 @@ impl Chain {
         if table.len % DESC_SIZE as u32 != 0 || entries == 0 || entries > ring_size.max(MIN_INDIRECT_LIMIT) {
             return Err(Broken::IndirectLength { head, len: table.len });
         }
-        // The table may cross regions and have any alignment: it is read through its runs.
+        if let Some(run) = memory.run(table.addr, u64::from(table.len)) {
+            return self.walk_entries(entries as u16, memory, |at| {
+                let mut run = run;
+                run.advance(usize::from(at) * DESC_SIZE);
+                run.first().unwrap_or_default()
+            });
+        }
+        // The table may cross regions: it is read through its runs.
         let first = self.readable.len();
         if memory.runs(table.addr, u64::from(table.len), &mut self.readable).is_err() {
             self.fault = Some(Fault::Unmapped);
             self.last_unmapped = true;
             return Ok(());
-        }
-        if self.readable.len() == first + 1 {
-            let run = self.readable.swap_remove(first);
-            return self.walk_entries(entries as u16, memory, |at| {
-                let mut bytes = [0; DESC_SIZE];
-                let mut run = run;
-                run.advance(usize::from(at) * DESC_SIZE);
-                run.copy_to(&mut bytes);
-                bytes
-            });
         }
         let runs: Vec<IoVec> = self.readable.drain(first..).collect();
         self.walk_entries(entries as u16, memory, |at| {
@@ -177,20 +174,22 @@ impl Chain {
         if len == 0 {
             return; // it is no part of either stream, wherever it stands
         }
-        let (list, total) = if descriptor.flags & F_WRITE != 0 {
-            (&mut self.writable, &mut self.writable_len)
+        let writable = descriptor.flags & F_WRITE != 0;
+        let list = if writable {
+            self.writable_len += len;
+            &mut self.writable
         } else {
             if self.writable_len > 0 {
                 self.fault = Some(Fault::Order);
             }
-            (&mut self.readable, &mut self.readable_len)
+            self.readable_len += len;
+            &mut self.readable
         };
-        *total += len;
         let mapped = memory.runs(descriptor.addr, len, list).is_ok();
         if !mapped {
             self.fault = Some(Fault::Unmapped);
         }
-        if descriptor.flags & F_WRITE != 0 {
+        if writable {
             self.last_unmapped = !mapped;
             if self.keep_writes {
                 self.writes.push((descriptor.addr, descriptor.len));
@@ -224,6 +223,16 @@ impl Chain {
     pub fn take_header<const N: usize>(&mut self) -> Option<[u8; N]> {
         if self.readable_len < N as u64 {
             return None;
+        }
+        if let Some(header) = self.readable.first().and_then(IoVec::first) {
+            // Drivers put it into a buffer of its own; the one before the data.
+            let run = &mut self.readable[0];
+            run.advance(N);
+            if run.is_empty() {
+                self.readable.remove(0);
+            }
+            self.readable_len -= N as u64;
+            return Some(header);
         }
         let mut header = [0; N];
         let mut filled = 0;

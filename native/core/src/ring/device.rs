@@ -187,6 +187,12 @@ impl DeviceRing {
         self.in_flight
     }
 
+    /// Chains that were pushed and not published.
+    #[inline]
+    pub fn unpublished(&self) -> u16 {
+        index::ahead(self.next_used, self.published)
+    }
+
     /// The used index as the driver sees it.
     pub fn published(&self) -> u16 {
         self.published

@@ -74,9 +74,11 @@ impl From<OutOfBounds> for DriverError {
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Outstanding {
+    /// 0: none is.
     descriptors: u16,
+    /// The available index it was offered at.
+    at: u16,
     room: u64,
-    published: bool,
 }
 
 /// A split ring, seen from the driver. What the device can write is never trusted: the free list,
@@ -90,11 +92,11 @@ pub struct DriverRing {
     free_head: u16,
     free: u16,
     in_use: u16,
-    /// Heads that were added and not published: the device cannot have used them.
-    unpublished: Vec<u16>,
     next_avail: u16,
     published: u16,
     next_used: u16,
+    /// The device's index as last seen: it is read again only when all up to there is reaped.
+    seen_used: u16,
     event_idx: bool,
 }
 
@@ -113,10 +115,10 @@ impl DriverRing {
             free_head: 0,
             free: size,
             in_use: 0,
-            unpublished: Vec::with_capacity(usize::from(size)),
             next_avail: base,
             published: base,
             next_used: base,
+            seen_used: base,
             event_idx: features & feature::EVENT_IDX != 0,
             areas,
         })
@@ -183,12 +185,12 @@ impl DriverRing {
             return Err(DriverError::Full);
         }
         let mut room = 0;
-        let mut place = table.as_iovec();
         for (at, segment) in segments.iter().enumerate() {
             let last = at + 1 == segments.len();
             room += if segment.writable { u64::from(segment.len) } else { 0 };
-            place.copy_from(&segment.descriptor(last, at as u16 + 1).to_bytes());
-            place.advance(layout::DESC_SIZE);
+            let descriptor = segment.descriptor(last, at as u16 + 1);
+            table.store_u64(at * layout::DESC_SIZE, descriptor.addr)?;
+            table.store_u64(at * layout::DESC_SIZE + 8, descriptor.rest())?;
         }
         let head = self.free_head;
         let descriptor = Descriptor { addr, len: len as u32, flags: F_INDIRECT, next: 0 };
@@ -201,8 +203,7 @@ impl DriverRing {
     fn offer(&mut self, head: u16, descriptors: u16, room: u64) -> Result<(), DriverError> {
         let slot = self.areas.slot(self.next_avail);
         self.areas.avail.store_u16(layout::avail_entry(slot), head)?;
-        self.outstanding[usize::from(head)] = Outstanding { descriptors, room, published: false };
-        self.unpublished.push(head);
+        self.outstanding[usize::from(head)] = Outstanding { descriptors, at: self.next_avail, room };
         self.free -= descriptors;
         self.in_use += 1;
         self.next_avail = self.next_avail.wrapping_add(1);
@@ -218,9 +219,6 @@ impl DriverRing {
         let old = self.published;
         self.areas.avail.store_u16(layout::IDX, self.next_avail)?;
         self.published = self.next_avail;
-        for head in self.unpublished.drain(..) {
-            self.outstanding[usize::from(head)].published = true;
-        }
         // The device's wish is read after our index is visible; see `DeviceRing::enable_kicks`.
         fence(Ordering::SeqCst);
         if self.event_idx {
@@ -239,19 +237,34 @@ impl DriverRing {
     /// Takes back the next used chain: its head and the bytes written.
     #[inline]
     pub fn reap(&mut self) -> Result<Option<(u16, u32)>, DriverError> {
-        let seen = self.areas.used.load_u16(layout::IDX)?;
-        if seen == self.next_used {
-            return Ok(None);
+        let reaped = self.reap_next();
+        if reaped.is_err() {
+            // Nothing that such a device has said is worth remembering.
+            self.seen_used = self.next_used;
         }
-        let outstanding = self.in_use - self.unpublished.len() as u16;
-        if index::ahead(seen, self.next_used) > outstanding {
-            return Err(DriverError::UsedJump { seen, reaped: self.next_used, outstanding });
+        reaped
+    }
+
+    #[inline]
+    fn reap_next(&mut self) -> Result<Option<(u16, u32)>, DriverError> {
+        if self.seen_used == self.next_used {
+            let seen = self.areas.used.load_u16(layout::IDX)?;
+            if seen == self.next_used {
+                return Ok(None);
+            }
+            let outstanding = self.in_use - index::ahead(self.next_avail, self.published);
+            if index::ahead(seen, self.next_used) > outstanding {
+                return Err(DriverError::UsedJump { seen, reaped: self.next_used, outstanding });
+            }
+            self.seen_used = seen;
         }
         let entry = layout::used_entry(self.areas.slot(self.next_used));
         let (id, written) = (self.areas.used.load_u32(entry)?, self.areas.used.load_u32(entry + 4)?);
         let head = u16::try_from(id).map_err(|_| DriverError::UsedId(id))?;
         let chain = *self.outstanding.get(usize::from(head)).ok_or(DriverError::UsedId(id))?;
-        if !chain.published {
+        // What is not published the device cannot have used. A ring is half as long as its indices at most.
+        let waits = index::ahead(chain.at, self.published) < index::ahead(self.next_avail, self.published);
+        if chain.descriptors == 0 || waits {
             return Err(DriverError::UsedId(id));
         }
         if u64::from(written) > chain.room {

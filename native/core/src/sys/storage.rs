@@ -21,17 +21,54 @@ fn outcome(result: isize) -> Outcome {
 }
 
 /// Reads at `offset` into at most [`MAX_RUNS`] runs.
+#[inline]
 pub fn read(fd: BorrowedFd<'_>, runs: &[IoVec], offset: u64) -> Outcome {
-    // SAFETY: an `IoVec` is an `iovec` whose bytes are mapped; the kernel checks the rest.
-    outcome(unsafe { libc::preadv(fd.as_raw_fd(), runs.as_ptr().cast(), runs.len() as i32, offset as i64) })
+    let (fd, offset) = (fd.as_raw_fd(), offset as i64);
+    // The kernel takes a list apart at a price, so a list of one is no list.
+    outcome(match runs {
+        // SAFETY: the bytes of a run are mapped; the kernel checks the rest.
+        [run] => unsafe { libc::pread(fd, run.as_ptr().cast(), run.len(), offset) },
+        // SAFETY: an `IoVec` is an `iovec`; else as above.
+        _ => unsafe { libc::preadv(fd, runs.as_ptr().cast(), runs.len() as i32, offset) },
+    })
 }
 
 /// Writes at most [`MAX_RUNS`] runs at `offset`; `durable`: returns once they are on stable storage.
+#[inline]
 pub fn write(fd: BorrowedFd<'_>, runs: &[IoVec], offset: u64, durable: bool) -> Outcome {
-    let (runs, count) = (runs.as_ptr().cast(), runs.len() as i32);
+    let (fd, offset) = (fd.as_raw_fd(), offset as i64);
     let flags = if durable { libc::RWF_DSYNC } else { 0 };
+    outcome(match runs {
+        // SAFETY: as in `read`.
+        [run] if !durable => unsafe { libc::pwrite(fd, run.as_ptr().cast(), run.len(), offset) },
+        // SAFETY: as in `read`.
+        _ => unsafe { libc::pwritev2(fd, runs.as_ptr().cast(), runs.len() as i32, offset, flags) },
+    })
+}
+
+/// `read`, but `EAGAIN` instead of waiting for storage: RWF_NOWAIT, `EOPNOTSUPP` where the file has none of it.
+pub fn read_cached(fd: BorrowedFd<'_>, runs: &[IoVec], offset: u64) -> Outcome {
+    let (runs, count) = (runs.as_ptr().cast(), runs.len() as i32);
     // SAFETY: as in `read`.
-    outcome(unsafe { libc::pwritev2(fd.as_raw_fd(), runs, count, offset as i64, flags) })
+    outcome(unsafe { libc::preadv2(fd.as_raw_fd(), runs, count, offset as i64, libc::RWF_NOWAIT) })
+}
+
+/// `write` into the page cache, likewise.
+pub fn write_cached(fd: BorrowedFd<'_>, runs: &[IoVec], offset: u64) -> Outcome {
+    let (runs, count) = (runs.as_ptr().cast(), runs.len() as i32);
+    // SAFETY: as in `read`.
+    outcome(unsafe { libc::pwritev2(fd.as_raw_fd(), runs, count, offset as i64, libc::RWF_NOWAIT) })
+}
+
+/// The magic number of the file system (`statfs`); 0 when it does not tell.
+pub fn file_system(fd: BorrowedFd<'_>) -> i64 {
+    // SAFETY: all-zero is a valid `statfs`; the kernel fills it.
+    let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: an open descriptor and a place to write to.
+    match unsafe { libc::fstatfs(fd.as_raw_fd(), &mut stat) } {
+        0 => stat.f_type as i64,
+        _ => 0,
+    }
 }
 
 /// Brings the data of everything written to stable storage.

@@ -32,6 +32,15 @@ pub fn interrupt<T>(thread: &JoinHandle<T>) {
     unsafe { libc::pthread_kill(thread.as_pthread_t(), libc::SIGURG) };
 }
 
+/// How often this thread has slept of its own will: waited for anything, and was not merely kept from running.
+pub fn times_slept() -> u64 {
+    // SAFETY: all-zero is a valid `rusage`; the kernel fills it.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: a place to write to.
+    unsafe { libc::getrusage(libc::RUSAGE_THREAD, &mut usage) };
+    usage.ru_nvcsw as u64
+}
+
 extern "C" fn do_nothing(_: libc::c_int) {}
 
 /// Gives SIGURG a handler, unless the host program has one: a signal without does not interrupt.

@@ -84,7 +84,7 @@ impl InFlight {
 
     /// Notes that a chain is in flight.
     #[inline]
-    pub(super) fn taken(&self, head: u16, now_ns: u64) {
+    pub(crate) fn taken(&self, head: u16, now_ns: u64) {
         if let Some(entry) = self.0.get(usize::from(head)) {
             // Whoever sees the time sees what was said before.
             entry.taken_ns.store(now_ns, Ordering::Release);

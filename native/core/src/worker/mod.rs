@@ -8,6 +8,7 @@ mod in_flight;
 mod mailbox;
 #[cfg(all(test, loom))]
 mod orders;
+mod polling;
 mod queues;
 mod run;
 mod served;
@@ -96,7 +97,8 @@ pub trait Serve {
     fn engine(&mut self) -> &mut Self::Engine;
 
     /// A new pass over the rings begins: what may change between requests is looked at now.
-    fn start_batch(&mut self);
+    /// `now_ns`: the time on the workers' clock, as of some moment since the last one ended.
+    fn start_batch(&mut self, now_ns: u64);
 
     /// Starts work on a chain. `ring` is the worker's number for it, `features` what its driver negotiated.
     fn begin(&mut self, ring: u16, features: u64, chain: &mut Chain, memory: &Arc<GuestMemory>) -> Begun;

@@ -2,9 +2,10 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::mailbox::{Command, Mailbox};
+use super::polling::Polling;
 use super::served::{Kicks, LogState, Served};
 use super::stats::now_ns;
 use super::{Begun, EventKind, Events, Finished, Reply, Serve};
@@ -15,6 +16,10 @@ use crate::sys::{eventfd, sigbus};
 
 /// Chains taken from one ring before the next one has its turn: an endless refill starves nobody.
 const BUDGET: usize = 128;
+/// Chains given back before the driver sees them, while more are under way: one that looks for answers goes on early.
+const STEP: u16 = 4;
+/// Looks at the rings between two looks at the clock.
+const LOOKS: u32 = 16;
 /// How often a ring without a kick descriptor is looked at when nothing else happens.
 const POLL_INTERVAL: Duration = Duration::from_micros(100);
 const MAILBOX: u32 = u32::MAX;
@@ -31,10 +36,14 @@ pub(super) struct Worker<S> {
     next_log: Option<(LogState, Reply<()>)>,
     mailbox: Arc<Mailbox>,
     events: Arc<Events>,
-    poll: Duration,
+    polling: Polling,
+    /// The time as of the last busy pass, look-out or sleep.
+    now_ns: u64,
     poisonings: u64,
     memory_lost: bool,
     leaving: bool,
+    /// Somebody waits for a ring to stop.
+    stopping: bool,
     /// Whoever waits for another memory or log has waited long enough for chains that storage failed.
     impatient: bool,
     chain: Chain,
@@ -54,10 +63,12 @@ impl<S: Serve> Worker<S> {
             next_log: None,
             mailbox,
             events,
-            poll,
+            polling: Polling::new(poll),
+            now_ns: now_ns(),
             poisonings: sigbus::poisonings(),
             memory_lost: false,
             leaving: false,
+            stopping: false,
             impatient: false,
             chain: Chain::default(),
             finished: Vec::new(),
@@ -71,7 +82,6 @@ impl<S: Serve> Worker<S> {
         use std::os::fd::AsRawFd;
         let wake = self.mailbox.wake.as_raw_fd();
         self.serve.engine().watch(wake, MAILBOX)?;
-        let mut busy_until = None;
         loop {
             if self.mailbox.has_commands() {
                 self.carry_out();
@@ -82,28 +92,37 @@ impl<S: Serve> Worker<S> {
                 return Ok(());
             }
             if busy {
-                busy_until = None;
-                continue;
+                self.now_ns = now_ns();
+            } else if !self.look_out() && !self.enable_kicks() {
+                self.sleep()?;
             }
-            if !self.poll.is_zero() {
-                let until = *busy_until.get_or_insert_with(|| Instant::now() + self.poll);
-                if Instant::now() < until {
-                    std::hint::spin_loop();
-                    continue;
-                }
-            }
-            if self.enable_kicks() {
-                continue;
-            }
-            self.sleep()?;
-            busy_until = None;
         }
+    }
+
+    /// Looks at the rings for as long as it is worth while; true when there is something to do.
+    fn look_out(&mut self) -> bool {
+        // What storage has is waited for, not looked for: it takes long, and the wait ends with it.
+        let window = self.polling.window_ns();
+        if window == 0 || self.serve.pending() > 0 || self.waits_for_storage() || self.leaving || !self.serve.admits() {
+            return false;
+        }
+        let until = self.now_ns + window;
+        while self.now_ns < until {
+            for _ in 0..LOOKS {
+                if self.mailbox.has_commands() || self.rings.iter_mut().flatten().any(Served::has_chains) {
+                    return true;
+                }
+                std::hint::spin_loop();
+            }
+            self.now_ns = now_ns();
+        }
+        false
     }
 
     /// Takes what the drivers made available, works off what storage has done. True when there was anything.
     fn pass(&mut self) -> std::io::Result<bool> {
         let mut busy = false;
-        self.serve.start_batch();
+        self.serve.start_batch(self.now_ns);
         if !self.waits_for_storage() && !self.leaving {
             for at in 0..self.rings.len() {
                 busy |= self.take_from(at);
@@ -118,11 +137,12 @@ impl<S: Serve> Worker<S> {
         for finished in self.finished.drain(..) {
             if let Some(served) = &mut self.rings[usize::from(finished.ring)] {
                 served.give_back(finished.head, &finished.outcome, &self.memory, &self.events);
+                served.publish_from(STEP, &self.events);
             }
         }
         if busy {
             for served in self.rings.iter_mut().flatten() {
-                served.publish(&self.events);
+                served.publish_from(1, &self.events);
             }
             if let LogState { log: Some(_), notify: Some(notify), .. } = &self.log {
                 // A full descriptor has been signalled already.
@@ -143,6 +163,9 @@ impl<S: Serve> Worker<S> {
             self.serve.fail_kept(None, &mut self.finished);
         }
         let gone = self.leaving || self.memory_lost;
+        if !gone && !self.stopping {
+            return;
+        }
         for at in 0..self.rings.len() {
             let Some(served) = &mut self.rings[at] else { continue };
             if gone || served.leaves() {
@@ -159,7 +182,6 @@ impl<S: Serve> Worker<S> {
         if !served.runs() && !served.finishes() {
             return false;
         }
-        let mut now = 0;
         for taken in 0..BUDGET {
             if !served.runs() && !served.finishes() || !self.serve.admits() {
                 return taken > 0;
@@ -173,15 +195,17 @@ impl<S: Serve> Worker<S> {
                 Ok(true) => {}
             }
             if taken == 0 {
-                now = now_ns();
                 if let Err(broken) = served.ring.suppress_kicks() {
                     served.break_ring(broken, &self.events);
                 }
             }
             let head = self.chain.head;
             match self.serve.begin(at as u16, served.features, &mut self.chain, &self.memory) {
-                Begun::Done(outcome) => served.give_back(head, &outcome, &self.memory, &self.events),
-                Begun::Pending => served.taken(head, now),
+                Begun::Done(outcome) => {
+                    served.give_back(head, &outcome, &self.memory, &self.events);
+                    served.publish_from(STEP, &self.events);
+                }
+                Begun::Pending => served.taken(head, self.now_ns),
             }
             step!("begun");
         }
@@ -273,6 +297,7 @@ impl<S: Serve> Worker<S> {
                 Command::Exit => self.leaving = true,
             }
         }
+        self.stopping = self.rings.iter().flatten().any(|served| served.stopping.is_some());
     }
 
     fn set_log(&mut self, log: LogState) {
@@ -287,8 +312,8 @@ impl<S: Serve> Worker<S> {
         self.next_memory.is_some() || self.next_log.is_some()
     }
 
-    /// Answers who waits for operations to end: a stopping ring, a change of memory.
-    fn settle(&mut self) {
+    /// Gives up rings that have stopped.
+    fn let_go(&mut self) {
         for at in 0..self.rings.len() {
             if self.rings[at].as_ref().is_some_and(Served::has_stopped) {
                 self.unwatch(at as u16);
@@ -303,6 +328,14 @@ impl<S: Serve> Worker<S> {
                     }
                 }
             }
+        }
+        self.stopping = self.rings.iter().flatten().any(|served| served.stopping.is_some());
+    }
+
+    /// Answers who waits for operations to end: a stopping ring, a change of memory.
+    fn settle(&mut self) {
+        if self.stopping {
+            self.let_go();
         }
         if self.next_memory.is_some() && self.serve.pending() == 0 {
             let Some((memory, reply)) = self.next_memory.take() else { return };
@@ -348,7 +381,12 @@ impl<S: Serve> Worker<S> {
         let polls = self.rings.iter().flatten().any(Served::polled).then_some(POLL_INTERVAL);
         let timeout = [polls, self.serve.patience()].into_iter().flatten().min();
         self.ready.clear();
+        let (idle, since) = (self.serve.pending() == 0, now_ns());
         self.serve.engine().wait(timeout, &mut self.ready)?;
+        self.now_ns = now_ns();
+        if idle {
+            self.polling.slept(self.now_ns - since);
+        }
         for &token in &self.ready {
             if token == MAILBOX {
                 self.mailbox.wake.drain();

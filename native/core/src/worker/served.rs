@@ -82,6 +82,13 @@ impl Served {
         self.enabled && !self.broken && self.stopping.is_none()
     }
 
+    /// Whether a look at it finds work.
+    #[inline]
+    pub(super) fn has_chains(&mut self) -> bool {
+        // A ring that turns out to be broken is work, too.
+        self.runs() && self.ring.has_available() != Ok(false)
+    }
+
     /// Whether it stops, and a predecessor's chains have to be answered first.
     pub(super) fn finishes(&self) -> bool {
         !self.broken && self.ring.to_replay() > 0 && self.stopping.as_ref().is_some_and(|s| s.mode == StopMode::Finish)
@@ -141,14 +148,15 @@ impl Served {
         }
     }
 
-    /// Makes what was given back visible and notifies the driver if it wants to be.
+    /// Makes what was given back visible, if that are `least` chains or more, and notifies the driver if it wants to be.
     #[inline]
-    pub(super) fn publish(&mut self, events: &Events) {
-        let before = self.ring.published();
+    pub(super) fn publish_from(&mut self, least: u16, events: &Events) {
+        if self.ring.unpublished() < least {
+            return;
+        }
         match self.ring.publish() {
             Ok(true) => self.notify(),
-            Ok(false) if self.ring.published() != before => self.stats.add(Counter::NotificationsSuppressed, 1),
-            Ok(false) => {}
+            Ok(false) => self.stats.add(Counter::NotificationsSuppressed, 1),
             Err(broken) => self.break_ring(broken, events),
         }
     }

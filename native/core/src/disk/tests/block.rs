@@ -53,6 +53,7 @@ fn a_block_device_reads_writes_discards_and_zeroes() {
             memory_align: BLOCK,
             offset_align: BLOCK,
             block_device: true,
+            inline: false,
         };
         let spec = match Spec::file(file.into(), options) {
             Ok(spec) => spec,

@@ -80,6 +80,7 @@ impl Setup {
             memory_align: BLOCK,
             offset_align: BLOCK,
             block_device: false,
+            inline: false,
         };
         let spec = match Spec::file(own.into(), options) {
             Ok(spec) => spec,

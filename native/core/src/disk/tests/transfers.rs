@@ -6,7 +6,7 @@ use crate::sys::anon::Anon;
 use crate::sys::storage::Outcome;
 
 fn target(direct: Option<Alignment>) -> Target {
-    Target::new(File::open("/dev/null").unwrap().into(), false, direct)
+    Target::new(File::open("/dev/null").unwrap().into(), false, direct, false)
 }
 
 /// What a step asks for, without its memory.
