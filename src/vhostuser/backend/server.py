@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import resource
@@ -294,7 +293,7 @@ def raise_fd_limit(num_queues: int) -> None:
     """
     needed = FDS_PER_REGION * MAX_MEM_SLOTS + FDS_PER_RING * num_queues + SPARE_FDS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed += sum(map(_is_open, range(needed if soft == resource.RLIM_INFINITY else min(soft, needed))))
+    needed += _count_open(needed if soft == resource.RLIM_INFINITY else min(soft, needed))
     if soft != resource.RLIM_INFINITY and soft < needed:
         wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
@@ -302,10 +301,10 @@ def raise_fd_limit(num_queues: int) -> None:
             log.warning("only %d descriptors may be open: front-ends with much memory may be refused", wanted)
 
 
-def _is_open(fd: int) -> bool:
-    """Asked of each one: who has given up files cannot list them."""
-    try:
-        fcntl.fcntl(fd, fcntl.F_GETFD)
-    except OSError:
-        return False
-    return True
+def _count_open(below: int) -> int:
+    """How many descriptors under ``below`` are open. Who has given up files cannot list them, so each is asked for, in
+    one call: a call for each of them takes longer than all the rest of `Server`."""
+    poll = select.poll()
+    for fd in range(below):
+        poll.register(fd, 0)
+    return below - sum(bool(found & select.POLLNVAL) for _, found in poll.poll(0))
