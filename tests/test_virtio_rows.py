@@ -13,13 +13,8 @@ from tests.backend.frontend import INDIRECT_EVENT_V1, WAIT_S, Frontend, GuestRam
 
 from vhostuser import BlkFeature, BlockDevice, RingFeature, Server, listen, open_disk
 from vhostuser.protocol import Config, FrontendRequest
-from vhostuser.virtio.blk import (
-    BlkRequestType,
-    BlkStatus,
-    DiscardWriteZeroes,
-    SegmentFlag,
-    VirtioBlkConfig,
-)
+from vhostuser.virtio.blk import VirtioBlkConfig
+from vhostuser.virtio.blk_requests import BlkRequestType, BlkStatus, DiscardWriteZeroes, SegmentFlag
 
 MIB = 1 << 20
 SECTOR = 512

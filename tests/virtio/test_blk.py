@@ -10,18 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vhostuser.virtio.blk import (
-    BARRIER_FLAG,
     CONFIG_ENDS,
     WRITEBACK_OFFSET,
     BlkFeature,
+    VirtioBlkConfig,
+    ZonedModel,
+    config_length,
+)
+from vhostuser.virtio.blk_requests import (
+    BARRIER_FLAG,
     BlkRequestHeader,
     BlkRequestType,
     BlkStatus,
     DiscardWriteZeroes,
     Lifetime,
-    VirtioBlkConfig,
-    ZonedModel,
-    config_length,
 )
 
 # Block Device, Device configuration layout: offset, size and name of every field, in the order of the table.

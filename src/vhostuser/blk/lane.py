@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from vhostuser.errors import VhostUserError
 from vhostuser.frontend.dialogue import again
-from vhostuser.virtio.blk import BlkStatus
+from vhostuser.virtio.blk_requests import BlkStatus
 
 if TYPE_CHECKING:
     from vhostuser._native import RequestQueue

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 from vhostuser.blk.limits import DiskLimits, Run, cut_ranges
 from vhostuser.errors import RequestFailed, RequestRefused, SetupError
 from vhostuser.frontend.memory import Buffer, SharedMemory
-from vhostuser.virtio.blk import ID_BYTES, SECTOR, BlkRequestType, BlkStatus, DiscardWriteZeroes, SegmentFlag
+from vhostuser.virtio.blk import ID_BYTES, SECTOR
+from vhostuser.virtio.blk_requests import BlkRequestType, BlkStatus, DiscardWriteZeroes, SegmentFlag
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
