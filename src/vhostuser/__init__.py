@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from vhostuser.disks import (
         Capability,
         Disk,
-        Faults,
-        FaultyDisk,
         FileDisk,
         Limits,
         MemoryDisk,
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
         open_disk,
         parse_size,
     )
+    from vhostuser.disks.faulty import Faults, FaultyDisk
     from vhostuser.errors import (
         BackendRefused,
         BackendUnfit,
@@ -71,8 +70,6 @@ _HOMES = {
     "disks": (
         "Capability",
         "Disk",
-        "Faults",
-        "FaultyDisk",
         "FileDisk",
         "Limits",
         "MemoryDisk",
@@ -81,6 +78,7 @@ _HOMES = {
         "open_disk",
         "parse_size",
     ),
+    "disks.faulty": ("Faults", "FaultyDisk"),
     "errors": (
         "BackendRefused",
         "BackendUnfit",

@@ -16,7 +16,8 @@ from tests.backend.frontend import USER_BASE, WAIT_S, Frontend, GoneError, Guest
 from vhostuser._native import DirtyLog, DriverRing
 from vhostuser.backend import Server
 from vhostuser.blk import BlockDevice
-from vhostuser.disks import Disk, Faults, FaultyDisk, FileDisk, MemoryDisk
+from vhostuser.disks import Disk, FileDisk, MemoryDisk
+from vhostuser.disks.faulty import Faults, FaultyDisk
 from vhostuser.protocol import (
     F_LOG_ALL,
     F_PROTOCOL_FEATURES,

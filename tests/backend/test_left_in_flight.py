@@ -16,7 +16,8 @@ from vhostuser._native import InflightRegion
 from vhostuser.backend import Server
 from vhostuser.backend.device import PROTOCOL_FEATURES
 from vhostuser.blk import BlockDevice, ErrorAction, ErrorPolicy, RateLimit
-from vhostuser.disks import Faults, FaultyDisk, FileDisk
+from vhostuser.disks import FileDisk
+from vhostuser.disks.faulty import Faults, FaultyDisk
 from vhostuser.protocol import FrontendRequest, Inflight, ProtocolFeature
 from vhostuser.transport import listen
 

@@ -18,7 +18,8 @@ from tests.backend.inflight import Part
 from vhostuser._native import DirtyLog, InflightRegion
 from vhostuser.backend import Server
 from vhostuser.blk import BlockDevice, ErrorAction, ErrorPolicy, RateLimit
-from vhostuser.disks import Disk, Faults, FaultyDisk, FileDisk, MemoryDisk
+from vhostuser.disks import Disk, FileDisk, MemoryDisk
+from vhostuser.disks.faulty import Faults, FaultyDisk
 from vhostuser.errors import UsageError
 from vhostuser.protocol import F_LOG_ALL, F_PROTOCOL_FEATURES, U64, FrontendRequest, Inflight, Log
 from vhostuser.transport import Transport, listen

@@ -20,7 +20,8 @@ from tests.backend.inflight import Part
 from vhostuser._native import DirtyLog, InflightRegion
 from vhostuser.backend import ConfigNotice, Server
 from vhostuser.blk import BlockDevice, ErrorAction, ErrorPolicy
-from vhostuser.disks import Faults, FaultyDisk, MemoryDisk
+from vhostuser.disks import MemoryDisk
+from vhostuser.disks.faulty import Faults, FaultyDisk
 from vhostuser.fds import Fd
 from vhostuser.protocol import (
     F_LOG_ALL,

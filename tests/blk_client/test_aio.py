@@ -28,7 +28,7 @@ from vhostuser import (
     Transport,
     Write,
 )
-from vhostuser.disks import Faults, FaultyDisk
+from vhostuser.disks.faulty import Faults, FaultyDisk
 from vhostuser.virtio.blk import BlkFeature
 
 

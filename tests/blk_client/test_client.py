@@ -37,7 +37,7 @@ from vhostuser import (
     Write,
     WriteZeroes,
 )
-from vhostuser.disks import Faults, FaultyDisk
+from vhostuser.disks.faulty import Faults, FaultyDisk
 from vhostuser.frontend.negotiated import USABLE
 from vhostuser.protocol import ProtocolFeature
 from vhostuser.virtio.blk import BlkFeature

@@ -12,7 +12,7 @@ from tests.blk_client.conftest import SIZE, WAIT_S
 
 import vhostuser
 from vhostuser import Backoff, BlockDevice, MemoryDisk, PeerGone, Read, RequestRefused, Server, VhostUserError, listen
-from vhostuser.disks import Faults, FaultyDisk
+from vhostuser.disks.faulty import Faults, FaultyDisk
 from vhostuser.frontend import USABLE
 
 QUICK = Backoff(first_s=0.001, most_s=0.01, give_up_s=WAIT_S)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from vhostuser.disks import Disk, Faults, FaultyDisk, FileDisk, Holding, Takeover
+from vhostuser.disks import Disk, FileDisk, Holding, Takeover
+from vhostuser.disks.faulty import Faults, FaultyDisk
 from vhostuser.disks.locks import NOT_SHARED, taken
 from vhostuser.errors import OperatorError, UsageError
 

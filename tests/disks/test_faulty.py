@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from vhostuser.disks import Capability, Disk, Faults, FaultyDisk, Limits, MemoryDisk
+from vhostuser.disks import Capability, Disk, Limits, MemoryDisk
+from vhostuser.disks.faulty import Faults, FaultyDisk
 from vhostuser.errors import UsageError
 
 

@@ -11,7 +11,8 @@ from tests.frontend.conftest import Serve
 from tests.frontend.logged import LoggedDisk, Shape
 
 from vhostuser.blk import BlockDevice
-from vhostuser.disks import Disk, Faults, FaultyDisk, FileDisk, MemoryDisk
+from vhostuser.disks import Disk, FileDisk, MemoryDisk
+from vhostuser.disks.faulty import Faults, FaultyDisk
 
 
 @pytest.fixture(params=["memory", "io_uring", "syscalls", "io_uring+faults"])

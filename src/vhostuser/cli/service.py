@@ -20,7 +20,7 @@ from vhostuser.backend import Server
 from vhostuser.blk import BlockDevice, ErrorAction, ErrorPolicy, RateLimit
 from vhostuser.cli import CONTROL_SUFFIX
 from vhostuser.cli.signals import Limit, Signals, end_here
-from vhostuser.disks import Disk, Faults, FaultyDisk, open_disk
+from vhostuser.disks import Disk, open_disk
 from vhostuser.errors import OperatorError, UsageError
 from vhostuser.fds import Fd
 from vhostuser.sandbox import Sandbox
@@ -142,7 +142,7 @@ class Service:
         for the end of a predecessor."""
         if self.incoming and not self.lock:
             raise UsageError("--incoming", "images are handed over by their locks", "Leave out --no-lock")
-        faults = Faults.parse(self.inject) if self.inject is not None else None
+        spoil = self._injector()
         with turning_away(inherited):
             disk = open_disk(
                 self.disk, read_only=self.read_only, cache=self.cache, engine=self.engine,
@@ -151,7 +151,16 @@ class Service:
             )  # fmt: skip
         if self.incoming and disk.volatile:
             raise UsageError(disk.name, "its content is no other server's", "Serve a file to have it handed over")
-        return FaultyDisk(disk, faults) if faults is not None else disk
+        return spoil(disk)
+
+    def _injector(self) -> Callable[[Disk], Disk]:
+        """What puts the faults that are asked for before a disk. Raises `UsageError` for a text that makes no sense."""
+        if self.inject is None:
+            return lambda disk: disk
+        from vhostuser.disks.faulty import Faults, FaultyDisk  # for testers only
+
+        faults = Faults.parse(self.inject)
+        return lambda disk: FaultyDisk(disk, faults)
 
     def _make_device(self, disk: Disk) -> BlockDevice:
         return BlockDevice(

@@ -1,8 +1,7 @@
-"""Storage behind virtual disks; knows nothing of vhost. Public names, nothing else."""
+"""Storage behind virtual disks; knows nothing of vhost. Public names, nothing else; `faulty` is asked for by itself."""
 
 from vhostuser.disks.custody import Holding, Takeover
 from vhostuser.disks.disk import Capability, Disk, Limits, NativeDisk
-from vhostuser.disks.faulty import Faults, FaultyDisk
 from vhostuser.disks.file import FileDisk
 from vhostuser.disks.memory import MemoryDisk
 from vhostuser.disks.null import NullDisk
@@ -11,8 +10,6 @@ from vhostuser.disks.registry import open_disk, parse_size
 __all__ = [
     "Capability",
     "Disk",
-    "Faults",
-    "FaultyDisk",
     "FileDisk",
     "Holding",
     "Limits",
