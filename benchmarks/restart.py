@@ -18,6 +18,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
+from benchmarks.startup import compile_package
 from tests.cli.guest import RETRY_S, Guest
 
 GIB = 1 << 30
@@ -123,6 +124,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("options", nargs="*", help="for vhostuser serve, after --")
     wanted = parser.parse_args()
+    compile_package()
     with tempfile.TemporaryDirectory(prefix="vhu-") as name:
         bench = Bench(Path(name), wanted.options)
         cases: dict[str, Callable[[], float]] = {

@@ -24,11 +24,5 @@ def test_importing_the_package_imports_nothing_of_it() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_serving_imports_neither_rich_nor_what_only_tests_need() -> None:
-    code = "import sys, vhostuser.cli.service; print(sorted({'rich', 'msgspec', 'asyncio'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
 def test_the_version_is_that_of_the_package() -> None:
     assert vhostuser.__version__ == version("vhostuser")
