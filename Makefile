@@ -106,6 +106,7 @@ packages: .venv/.dev
 
 bench: build
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.restart
 
 # Native targets (native/fuzz) under AddressSanitizer and Python ones, all coverage-guided: see tests/fuzz.
