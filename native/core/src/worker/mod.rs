@@ -16,6 +16,8 @@ mod stats;
 
 pub use events::{Event, EventKind, Events};
 pub use in_flight::{InFlight, RequestInFlight, Whereabouts};
+#[cfg(feature = "count")]
+pub use queues::Stepper;
 pub use queues::{Notifiers, QueueError, Queues, Waker};
 pub use served::StopMode;
 pub(crate) use stats::{now_ns, Counter};

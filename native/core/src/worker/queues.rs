@@ -1,5 +1,8 @@
 //! The owner's side of a device's rings: set up, start, stop, change memory.
 
+#[cfg(feature = "count")]
+mod stepper;
+
 use std::fmt;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::mpsc::{sync_channel, Receiver, RecvTimeoutError};
@@ -15,6 +18,9 @@ use crate::memory::{DirtyLog, GuestMemory, InflightRegion};
 use crate::ring::{feature, layout, DeviceRing, RingSetup, SetupError};
 use crate::sys::eventfd::{classify, FdKind};
 use crate::sys::thread;
+
+#[cfg(feature = "count")]
+pub use stepper::Stepper;
 
 /// A worker never blocks on storage, so it answers soon what needs none; the limit is for one that is lost.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
@@ -137,17 +143,7 @@ impl Queues {
         F: Fn(usize, Waker) -> std::io::Result<S> + Send + Sync + 'static,
     {
         let make = Arc::new(make);
-        let mut queues = Self {
-            workers: Vec::new(),
-            started: vec![false; usize::from(num_queues)],
-            stats: (0..num_queues).map(|_| Arc::default()).collect(),
-            memory: Arc::default(),
-            log: LogState::default(),
-            log_used: vec![None; usize::from(num_queues)],
-            used_len: vec![0; usize::from(num_queues)],
-            events,
-            closed: false,
-        };
+        let mut queues = Self::without_workers(num_queues, events);
         for number in 0..usize::from(num_workers.max(1)) {
             let mailbox = Arc::new(Mailbox::new()?);
             let (ready, is_ready) = sync_channel(1);
@@ -172,6 +168,20 @@ impl Queues {
             is_ready.recv().map_err(|_| std::io::Error::other("the queue worker ended while starting"))??;
         }
         Ok(queues)
+    }
+
+    fn without_workers(num_queues: u16, events: Arc<Events>) -> Self {
+        Self {
+            workers: Vec::new(),
+            started: vec![false; usize::from(num_queues)],
+            stats: (0..num_queues).map(|_| Arc::default()).collect(),
+            memory: Arc::default(),
+            log: LogState::default(),
+            log_used: vec![None; usize::from(num_queues)],
+            used_len: vec![0; usize::from(num_queues)],
+            events,
+            closed: false,
+        }
     }
 
     /// How many rings there are.

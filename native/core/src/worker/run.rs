@@ -83,17 +83,11 @@ impl<S: Serve> Worker<S> {
         let wake = self.mailbox.wake.as_raw_fd();
         self.serve.engine().watch(wake, MAILBOX)?;
         loop {
-            if self.mailbox.has_commands() {
-                self.carry_out();
-            }
-            let busy = self.pass()?;
-            self.settle();
+            let busy = self.round()?;
             if self.leaving && self.serve.pending() == 0 {
                 return Ok(());
             }
-            if busy {
-                self.now_ns = now_ns();
-            } else if !self.look_out() && !self.enable_kicks() {
+            if !busy && !self.look_out() && !self.enable_kicks() {
                 self.sleep()?;
             }
         }
@@ -117,6 +111,20 @@ impl<S: Serve> Worker<S> {
             self.now_ns = now_ns();
         }
         false
+    }
+
+    /// Commands, rings and storage once. True when there was anything for a ring.
+    #[inline]
+    pub(super) fn round(&mut self) -> std::io::Result<bool> {
+        if self.mailbox.has_commands() {
+            self.carry_out();
+        }
+        let busy = self.pass()?;
+        self.settle();
+        if busy {
+            self.now_ns = now_ns();
+        }
+        Ok(busy)
     }
 
     /// Takes what the drivers made available, works off what storage has done. True when there was anything.
