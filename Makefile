@@ -7,7 +7,7 @@ export PYTHON
 
 NATIVE_SOURCES := $(shell find native \( -name target -o -name fuzz -o -name loom -o -name peers \) -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
 
-.PHONY: all help demo build format lint test test-native restarts guest interop bench docs fuzz loom sanitize oracle mutants kills soak survival-costs migration-costs packages clean
+.PHONY: all help demo build format lint test test-native restarts guest interop bench docs fuzz loom sanitize oracle mutants kills soak survival-costs migration-costs instructions packages clean
 .DELETE_ON_ERROR:
 
 all: format build lint test
@@ -34,6 +34,7 @@ help:
 	@echo 'make soak         SOAK_SECONDS (3600) of mixed load with kills, resets and resizes; memory must stay flat'
 	@echo 'make survival-costs  what in-flight tracking and the sandbox cost, as ratios of one run (minutes, a quiet machine)'
 	@echo 'make migration-costs  what the dirty log costs, on and off, as ratios of one run (minutes, a quiet machine)'
+	@echo 'make instructions  counts what a request executes under valgrind; a rise of more than 5 % fails, RECORD=1 records it (a minute)'
 	@echo 'make clean        removes what the other targets made'
 
 # -- building ---------------------------------------------------------------------------------------------------------
@@ -151,6 +152,13 @@ survival-costs: build
 
 migration-costs: build
 	$(BIN)/python -m benchmarks.migration --json build/migration-costs.json
+
+# Both halves of a request in one thread, counted: the same build gives the same numbers on any machine of the same kind.
+instructions: .venv/.dev
+	@tools/check-rust
+	@command -v valgrind >/dev/null || tools/install-packages valgrind
+	$(CARGO) build --quiet --locked --release -p vhostuser-count
+	@$(BIN)/python -m benchmarks.instructions $(if $(RECORD),--record)
 
 # -- documentation ----------------------------------------------------------------------------------------------------
 
