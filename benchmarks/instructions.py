@@ -25,7 +25,8 @@ REQUESTS = 20_000
 LIMIT = 0.05
 ROWS = tuple(
     f"{disk} {operation} {depth}"
-    for disk, operation in (("null", "read"), ("memory", "read"), ("memory", "write"))
+    for disk in ("null", "memory", "tmpfs")
+    for operation in (("read",) if disk == "null" else ("read", "write"))
     for depth in (1, 32)
 )
 """What is counted: disk, operation, requests at a time."""

@@ -1,12 +1,13 @@
 //! Sends requests through one ring in one thread, so that the instructions of each can be counted.
 //!
 //! ```text
-//! vhostuser-count null|memory read|write DEPTH REQUESTS
+//! vhostuser-count null|memory|tmpfs read|write DEPTH REQUESTS
 //! ```
 //!
 //! Requests of 4096 bytes, DEPTH at a time: the driver's half makes them (`submit`), the worker takes one step (`step`), the
-//! driver's half takes the answers (`reap`). Nothing sleeps, polls or notifies. `counted` calls the three after a warm-up;
-//! `benchmarks/instructions.py` knows these four by their names. Exits with 1 when a request is not answered with success.
+//! driver's half takes the answers (`reap`). Nothing sleeps, polls or notifies. `tmpfs` is a file in memory, which the worker
+//! reads and writes by itself. `counted` calls the three after a warm-up; `benchmarks/instructions.py` knows these four by
+//! their names. Exits with 1 when a request is not answered with success.
 
 use std::error::Error;
 use std::os::fd::AsFd;
@@ -14,7 +15,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use vhostuser_core::blk::{BlkServe, BlkShared, ClientLayout, ClientQueue, ClientRequest, Limits, Piece};
-use vhostuser_core::disk::Spec;
+use vhostuser_core::disk::{FileOptions, Method, Spec};
 use vhostuser_core::memory::{GuestMemory, Mapping, RegionSpec};
 use vhostuser_core::ring::{feature, RingSetup};
 use vhostuser_core::sys::memfd;
@@ -66,7 +67,11 @@ fn storage(disk: &str) -> Outcome<Spec> {
     Ok(match disk {
         "null" => Spec::null(),
         "memory" => Spec::memory(BLOCK * BLOCKS)?,
-        _ => return Err(format!("{disk:?} is neither `null` nor `memory`").into()),
+        "tmpfs" => {
+            let file = memfd::sealed(c"disk", BLOCK * BLOCKS, false)?;
+            Spec::file(file, FileOptions { method: Method::Syscalls, inline: true, ..FileOptions::default() })?
+        }
+        _ => return Err(format!("{disk:?} is neither `null` nor `memory` nor `tmpfs`").into()),
     })
 }
 
