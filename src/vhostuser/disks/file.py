@@ -170,7 +170,8 @@ class FileDisk(NativeDisk):
         raise OperatorError(self._path, f"it is {what}", "Name an image file or a block device")
 
     def _open(self, read_only: bool, lock: bool, patience: Patience) -> Fd:
-        flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDONLY if read_only else os.O_RDWR)
+        # Nobody wants to know when a disk was read last, and each read would look whether to note it.
+        flags = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOATIME | (os.O_RDONLY if read_only else os.O_RDWR)
         flags |= os.O_DIRECT if self._direct else 0
         flags |= os.O_EXCL if self._is_device and lock else 0
         while True:
@@ -178,6 +179,9 @@ class FileDisk(NativeDisk):
                 fd = Fd(os.open(self._path, flags))
                 break
             except OSError as error:
+                if error.errno == errno.EPERM and flags & os.O_NOATIME:  # only for the owner of the file
+                    flags &= ~os.O_NOATIME
+                    continue
                 # A block device stays busy until the last request of a killed predecessor has ended.
                 if (
                     error.errno == errno.EBUSY

@@ -162,9 +162,14 @@ impl GuestMemory {
 
     #[inline]
     fn find(&self, guest_addr: u64) -> Option<&Region> {
-        let at = self.by_guest.partition_point(|r| r.spec.guest_addr <= guest_addr);
-        let region = &self.by_guest[at.checked_sub(1)?];
-        (guest_addr - region.spec.guest_addr < region.spec.size).then_some(region)
+        // Most of a guest's memory is its first region.
+        let at = match &self.by_guest[..] {
+            [_] => 1,
+            [first, second, ..] if (first.spec.guest_addr..second.spec.guest_addr).contains(&guest_addr) => 1,
+            regions => regions.partition_point(|r| r.spec.guest_addr <= guest_addr),
+        };
+        let region = self.by_guest.get(at.checked_sub(1)?)?;
+        (guest_addr.wrapping_sub(region.spec.guest_addr) < region.spec.size).then_some(region)
     }
 
     /// The `len` bytes at `guest_addr`, when there are any and one region has all of them. Whoever holds the run holds the table.
@@ -185,11 +190,16 @@ impl GuestMemory {
     /// On failure `out` is as before.
     #[inline]
     pub fn runs(&self, guest_addr: u64, len: u64, out: &mut Vec<IoVec>) -> Result<(), Unmapped> {
-        let before = out.len();
         if let Some(run) = self.run(guest_addr, len) {
             out.push(run);
             return Ok(());
         }
+        self.runs_across(guest_addr, len, out)
+    }
+
+    #[cold]
+    fn runs_across(&self, guest_addr: u64, len: u64, out: &mut Vec<IoVec>) -> Result<(), Unmapped> {
+        let before = out.len();
         let mut at = guest_addr;
         let mut left = len;
         while left > 0 {

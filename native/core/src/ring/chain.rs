@@ -229,7 +229,12 @@ impl Chain {
             let run = &mut self.readable[0];
             run.advance(N);
             if run.is_empty() {
-                self.readable.remove(0);
+                // Of two the second one is first afterwards, without a call to move it.
+                if self.readable.len() <= 2 {
+                    self.readable.swap_remove(0);
+                } else {
+                    self.readable.remove(0);
+                }
             }
             self.readable_len -= N as u64;
             return Some(header);

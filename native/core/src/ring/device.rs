@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::{feature, index, layout, Areas, Broken, Chain, RingSetup, SetupError};
 use crate::memory::inflight::Left;
-use crate::memory::{BeyondLog, DirtyLog, GuestMemory, InflightQueue};
+use crate::memory::{BeyondLog, DirtyLog, GuestMemory, InflightQueue, IoVec};
 use crate::sys::sync::{fence, Ordering};
 
 /// What a ring keeps of its in-flight region.
@@ -29,6 +29,10 @@ pub struct RingLog {
     pub used: Option<u64>,
 }
 
+/// How far the tables of chains are fetched ahead, and their headers, which only the tables tell of.
+const TABLES_AHEAD: u16 = 8;
+const HEADERS_AHEAD: u16 = 4;
+
 /// A started ring, seen from the device. Owned by one worker.
 ///
 /// `push` writes used entries that `publish` then makes visible at once, so that a batch costs one
@@ -39,11 +43,16 @@ pub struct DeviceRing {
     setup: RingSetup,
     next_avail: u16,
     seen_avail: u16,
+    /// Up to here the processor was asked to fetch what chains are made of; never behind `next_avail`.
+    tables_fetched: u16,
+    headers_fetched: u16,
     /// Where the next used entry goes; runs ahead of what was published.
     next_used: u16,
     published: u16,
     /// used.idx at the last notification decision; `None` when that is not known.
     signalled: Option<u16>,
+    /// Something was made visible since.
+    undecided: bool,
     in_flight: u16,
     taken: Vec<u64>,
     event_idx: bool,
@@ -65,9 +74,12 @@ impl DeviceRing {
             taken: vec![0; usize::from(setup.size).div_ceil(64)],
             next_avail: setup.base,
             seen_avail: setup.base,
+            tables_fetched: setup.base,
+            headers_fetched: setup.base,
             next_used: used,
             published: used,
             signalled: None,
+            undecided: false,
             in_flight: 0,
             event_idx: setup.features & feature::EVENT_IDX != 0,
             indirect: setup.features & feature::INDIRECT_DESC != 0,
@@ -93,6 +105,7 @@ impl DeviceRing {
             Left::Heads(heads) => {
                 self.next_avail = self.published.wrapping_add(heads.len() as u16);
                 self.seen_avail = self.next_avail;
+                (self.tables_fetched, self.headers_fetched) = (self.next_avail, self.next_avail);
                 (heads.into(), true)
             }
         };
@@ -225,11 +238,8 @@ impl DeviceRing {
         if !self.has_available()? {
             return Ok(false);
         }
-        let slot = self.areas.slot(self.next_avail);
-        let head = self.areas.avail.load_u16(layout::avail_entry(slot))?;
-        if head >= self.areas.size {
-            return Err(Broken::Head { head });
-        }
+        self.fetch_ahead(memory);
+        let head = self.head(self.next_avail)?;
         self.begin(head, memory, chain)?;
         step!("taken");
         if let Some(tracking) = &mut self.tracking {
@@ -238,6 +248,48 @@ impl DeviceRing {
         }
         self.next_avail = self.next_avail.wrapping_add(1);
         Ok(true)
+    }
+
+    /// The head that the driver made available at an index.
+    #[inline]
+    fn head(&self, at: u16) -> Result<u16, Broken> {
+        let head = self.areas.avail.load_u16(layout::avail_entry(self.areas.slot(at)))?;
+        if head >= self.areas.size {
+            return Err(Broken::Head { head });
+        }
+        Ok(head)
+    }
+
+    /// Has the processor fetch the tables and headers of chains that are taken soon. The driver's processor has them, and
+    /// each takes as long to come as a whole request takes otherwise. What is read here is only a hint: it is read
+    /// again, and checked, when its chain is taken.
+    #[inline]
+    fn fetch_ahead(&mut self, memory: &GuestMemory) {
+        let seen = index::ahead(self.seen_avail, self.next_avail);
+        while index::ahead(self.tables_fetched, self.next_avail) < seen.min(TABLES_AHEAD) {
+            if let Some(table) = self.buffer_at(self.tables_fetched, memory) {
+                table.prefetch();
+            }
+            self.tables_fetched = self.tables_fetched.wrapping_add(1);
+        }
+        if !self.indirect {
+            return;
+        }
+        while index::ahead(self.headers_fetched, self.next_avail) < seen.min(HEADERS_AHEAD) {
+            let table = self.buffer_at(self.headers_fetched, memory);
+            let first = table.and_then(|table| table.first()).map(layout::Descriptor::from_bytes);
+            if let Some(header) = first.and_then(|first| memory.run(first.addr, u64::from(first.len))) {
+                header.prefetch();
+            }
+            self.headers_fetched = self.headers_fetched.wrapping_add(1);
+        }
+    }
+
+    /// Where the first descriptor of the chain at an available index points to.
+    #[inline]
+    fn buffer_at(&self, at: u16, memory: &GuestMemory) -> Option<IoVec> {
+        let descriptor = self.areas.descriptor(self.head(at).ok()?).ok()?;
+        memory.run(descriptor.addr, u64::from(descriptor.len))
     }
 
     #[inline]
@@ -288,11 +340,46 @@ impl DeviceRing {
     /// Makes what was pushed visible. True when the driver wants to be notified of it.
     #[inline]
     pub fn publish(&mut self) -> Result<bool, Broken> {
-        if self.next_used == self.published {
+        self.show()?;
+        if !self.undecided {
             return Ok(false);
+        }
+        // The driver's wish is read after our index is visible: it stores its wish and then reads our index.
+        fence(Ordering::SeqCst);
+        step!("fenced");
+        let wanted = self.wants_notification()?;
+        self.decided();
+        Ok(wanted)
+    }
+
+    /// Makes what was pushed visible while more is to come; `publish` follows. True when the driver is seen to want a
+    /// notification. One that has just begun to want it is not seen without the fence, which takes as long as several
+    /// requests: `publish` sees it.
+    #[inline]
+    pub fn publish_early(&mut self) -> Result<bool, Broken> {
+        self.show()?;
+        let wanted = self.undecided && self.wants_notification()?;
+        if wanted {
+            self.decided();
+        }
+        Ok(wanted)
+    }
+
+    /// Whether `publish` has something to do.
+    #[inline]
+    pub fn has_news(&self) -> bool {
+        self.undecided || self.unpublished() > 0
+    }
+
+    /// Stores the used index, if it is another one, and what goes with it.
+    #[inline]
+    fn show(&mut self) -> Result<(), Broken> {
+        if self.next_used == self.published {
+            return Ok(());
         }
         self.areas.used.store_u16(layout::IDX, self.next_used)?;
         let before = std::mem::replace(&mut self.published, self.next_used);
+        self.undecided = true;
         step!("used_idx");
         if self.log.is_some() {
             self.log_published(before, self.published)?;
@@ -302,19 +389,25 @@ impl DeviceRing {
             batch.clear();
             step!("region_idx");
         }
-        // The driver's wish is read after our index is visible: it stores its wish and then reads our index.
-        fence(Ordering::SeqCst);
-        step!("fenced");
-        let new = self.published;
-        let old = self.signalled.replace(new);
+        Ok(())
+    }
+
+    #[inline]
+    fn wants_notification(&mut self) -> Result<bool, Broken> {
         if self.notify_on_empty && self.in_flight == 0 && !self.has_available()? {
             return Ok(true);
         }
         if self.event_idx {
             let event = self.areas.avail.load_u16(layout::used_event(self.areas.size))?;
-            return Ok(old.is_none_or(|old| index::need_event(event, new, old)));
+            return Ok(self.signalled.is_none_or(|old| index::need_event(event, self.published, old)));
         }
         Ok(self.areas.avail.load_u16(layout::FLAGS)? & layout::AVAIL_NO_INTERRUPT == 0)
+    }
+
+    #[inline]
+    fn decided(&mut self) {
+        self.signalled = Some(self.published);
+        self.undecided = false;
     }
 
     /// Asks the driver not to kick while the worker looks by itself.

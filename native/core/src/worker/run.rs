@@ -16,8 +16,6 @@ use crate::sys::{eventfd, sigbus};
 
 /// Chains taken from one ring before the next one has its turn: an endless refill starves nobody.
 const BUDGET: usize = 128;
-/// Chains given back before the driver sees them, while more are under way: one that looks for answers goes on early.
-const STEP: u16 = 4;
 /// Looks at the rings between two looks at the clock.
 const LOOKS: u32 = 16;
 /// How often a ring without a kick descriptor is looked at when nothing else happens.
@@ -145,12 +143,12 @@ impl<S: Serve> Worker<S> {
         for finished in self.finished.drain(..) {
             if let Some(served) = &mut self.rings[usize::from(finished.ring)] {
                 served.give_back(finished.head, &finished.outcome, &self.memory, &self.events);
-                served.publish_from(STEP, &self.events);
+                served.publish_early(&self.events);
             }
         }
         if busy {
             for served in self.rings.iter_mut().flatten() {
-                served.publish_from(1, &self.events);
+                served.publish(&self.events);
             }
             if let LogState { log: Some(_), notify: Some(notify), .. } = &self.log {
                 // A full descriptor has been signalled already.
@@ -211,7 +209,7 @@ impl<S: Serve> Worker<S> {
             match self.serve.begin(at as u16, served.features, &mut self.chain, &self.memory) {
                 Begun::Done(outcome) => {
                     served.give_back(head, &outcome, &self.memory, &self.events);
-                    served.publish_from(STEP, &self.events);
+                    served.publish_early(&self.events);
                 }
                 Begun::Pending => served.taken(head, self.now_ns),
             }

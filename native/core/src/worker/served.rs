@@ -9,6 +9,9 @@ use crate::memory::{DirtyLog, GuestMemory};
 use crate::ring::{Broken, DeviceRing, RingLog};
 use crate::sys::eventfd;
 
+/// Chains given back before the driver sees them, while more are under way: one that looks for answers goes on early.
+const STEP: u16 = 4;
+
 /// How a worker learns of new chains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kicks {
@@ -148,10 +151,23 @@ impl Served {
         }
     }
 
-    /// Makes what was given back visible, if that are `least` chains or more, and notifies the driver if it wants to be.
+    /// Makes what was given back visible, if it is enough, while more is to come.
     #[inline]
-    pub(super) fn publish_from(&mut self, least: u16, events: &Events) {
-        if self.ring.unpublished() < least {
+    pub(super) fn publish_early(&mut self, events: &Events) {
+        if self.ring.unpublished() < STEP {
+            return;
+        }
+        match self.ring.publish_early() {
+            Ok(true) => self.notify(),
+            Ok(false) => {}
+            Err(broken) => self.break_ring(broken, events),
+        }
+    }
+
+    /// Makes what was given back visible and notifies the driver if it wants to be.
+    #[inline]
+    pub(super) fn publish(&mut self, events: &Events) {
+        if !self.ring.has_news() {
             return;
         }
         match self.ring.publish() {
