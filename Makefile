@@ -105,6 +105,12 @@ demo: build packages
 packages: .venv/.dev
 	@$(BIN)/python -m tests.guest.prepare || true
 
+# The least that a back-end can do for a request, in one C file: what the benchmarks measure others against.
+build/bare: benchmarks/bare.c
+	@command -v cc >/dev/null || tools/install-packages gcc libc6-dev
+	@mkdir -p build
+	cc -O2 -Wall -Wextra -Werror -o $@ $<
+
 bench: build
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.startup
