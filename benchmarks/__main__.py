@@ -1,208 +1,189 @@
-"""What a served disk does per second, from a front-end in this process through a socket: ``python -m benchmarks``.
+"""Ours, a peer and the bare loop under the same loads, as ratios of one run: ``python -m benchmarks``.
 
-The back-end is `vhostuser serve`, a process of its own, with one queue of 128 entries; the load runs natively on one
-thread and polls for its answers. Not a guest: no interrupts, no file system, no hypervisor. Touches: processes, a
-temporary directory.
+All serve the same file, the same client drives them, they take turns, and each is pinned to a processor of its own.
+docs/design/performance.md tells what is measured and why so. Touches: processes, images, files for the results.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import socket
-import struct
-import subprocess
+import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from tests.backend.frontend import USER_BASE, Frontend
+import msgspec
+from benchmarks import footprint, guests, machine
+from benchmarks.cases import CASES, OTHERS, QEMU_IMG_DEPTHS, Case, chosen, select
+from benchmarks.clients import Client, QemuImg, qemu_with_libblkio
+from benchmarks.report import page
+from benchmarks.results import BARE, OURS, PEER, Figure, Outcome, Report, merged
+from benchmarks.rounds import Images, fill, run_case, run_qemu_img
+from benchmarks.servers import DAEMON_POLL_NS, Failed, Offer, bare_loop, storage_daemon_command
+from benchmarks.tables import interval_text, number_text, report_tables
+from rich.console import Console
+from tests.guest.packages import PROJECT
+from tests.peers.daemons import Unavailable
 
-from vhostuser._native import Arena, DirtyLog, InflightRegion, LoadResult, RequestQueue, StopFlag, run_load
-from vhostuser.protocol import (
-    F_LOG_ALL,
-    F_PROTOCOL_FEATURES,
-    U64,
-    FrontendRequest,
-    Inflight,
-    Log,
-    MemoryRegion,
-    MemoryTable,
-    VringAddr,
-    VringFd,
-    VringFlag,
-    VringState,
-)
-
-Req = FrontendRequest
-GIB = 1 << 30
-SPAN = 64 << 20
-"""The part of the disk that is used. It is written once before, so that nobody measures how memory is first touched."""
-
-QUEUE_SIZE = 128
-DATA_AT = 4 << 20
-ARENA = 64 << 20
+CONSOLE = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
 
 
-@dataclass(frozen=True)
-class Load:
-    """One line of the table."""
-
-    name: str
-    block_size: int
-    depth: int
-    read_share: float
-    sequential: bool = False
-
-
-WARM_UP = Load("", 131072, 16, 0.0, sequential=True)
-LOADS = (
-    Load("4 KiB random read, 1 at a time", 4096, 1, 1.0),
-    Load("4 KiB random read, 32 at a time", 4096, 32, 1.0),
-    Load("4 KiB random write, 32 at a time", 4096, 32, 0.0),
-    Load("128 KiB sequential read, 16 at a time", 131072, 16, 1.0, sequential=True),
-)
-
-
-@contextmanager
-def served(disk: str, directory: Path, *options: str, python: str = sys.executable) -> Iterator[str]:
-    """`vhostuser serve` on a socket, ended afterwards; ``python``: the interpreter of the build that serves."""
-    place = str(directory / f"bench{''.join(options)}.sock")
-    words = [python, "-m", "vhostuser.cli.main", "serve", disk, "--socket", place, "--queues", "1", *options]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if "serving" in line:
-                break
-        else:
-            raise SystemExit(f"benchmarks: {disk} is not served")
-        yield place
-    finally:
-        process.terminate()
-        process.communicate()
-
-
-def track(peer: Frontend) -> InflightRegion:
-    """Has what queue 0 has in flight tracked in a region that the back-end makes."""
-    answer = peer.ask(Req.GET_INFLIGHT_FD, Inflight(0, 0, 1, QUEUE_SIZE))
-    assert isinstance(answer, Inflight)
-    (fd,) = peer.fds
-    with fd:
-        peer.do(Req.SET_INFLIGHT_FD, answer, [fd.fileno()])
-        return InflightRegion(
-            fd.fileno(), offset=answer.mmap_offset, size=answer.mmap_size, num_queues=1, queue_size=QUEUE_SIZE
-        )
-
-
-@contextmanager
-def started(
-    place: str, *, tracked: bool = False, log: DirtyLog | None = None, end_log: bool = False
-) -> Iterator[tuple[Callable[[Load, float], LoadResult], int]]:
-    """Queue 0, once what loads reach was written: a function that runs one, and the back-end's process.
-
-    ``log``: what the back-end writes from then on is logged there; with ``end_log`` that ends before the first load.
-    """
-    arena = Arena(ARENA)
-    with Frontend.connect(place) as peer:
-        features = peer.negotiate()
-        if tracked:
-            track(peer)
-        peer.do(Req.SET_MEM_TABLE, MemoryTable((MemoryRegion(0, ARENA, USER_BASE, 0),)), [arena.fd])
-        queue = RequestQueue(arena, base=0, offset=4096, size=QUEUE_SIZE, seg_max=1, features=features)
-        desc, avail, used = (USER_BASE + area for area in queue.areas)
-        kick, call = os.eventfd(0), os.eventfd(0)
-        peer.do(Req.SET_VRING_NUM, VringState(0, QUEUE_SIZE))
-        peer.do(Req.SET_VRING_ADDR, VringAddr(0, 0, desc, used, avail, 0))
-        peer.do(Req.SET_VRING_CALL, VringFd.of(0), [call])
-        peer.do(Req.SET_VRING_KICK, VringFd.of(0), [kick])
-        peer.do(Req.SET_VRING_ENABLE, VringState(0, 1))
-        (pid,) = struct.unpack_from("i", peer.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        try:
-            run(queue, WARM_UP, kick, call, seconds=60.0, requests=SPAN // WARM_UP.block_size)
-            if log is not None:
-                addr = VringAddr(0, VringFlag.LOG, desc, used, avail, queue.areas[2])
-                peer.ask(Req.SET_LOG_BASE, Log(log.size, 0), [log.fd])
-                peer.do(Req.SET_FEATURES, U64(features | F_PROTOCOL_FEATURES | F_LOG_ALL))
-                peer.do(Req.SET_VRING_ADDR, addr)
-            if log is not None and end_log:
-                peer.do(Req.SET_FEATURES, U64(features | F_PROTOCOL_FEATURES))
-                peer.do(Req.SET_VRING_ADDR, VringAddr(0, 0, desc, used, avail, 0))
-                log.take()
-            yield lambda load, seconds: run(queue, load, kick, call, seconds=seconds), pid
-        finally:
-            os.close(kick)
-            os.close(call)
-
-
-def measure(place: str, load: Load, seconds: float) -> LoadResult:
-    """Runs one load on a connection of its own."""
-    with started(place) as (begin, _):
-        return begin(load, seconds)
-
-
-def run(
-    queue: RequestQueue, load: Load, kick: int, call: int, *, seconds: float, requests: int = 1 << 62
-) -> LoadResult:
-    """One load, ended by time or number of requests, whichever comes first."""
-    return run_load(
-        queue,
-        data=DATA_AT,
-        address=DATA_AT,
-        kick=kick,
-        call=call,
-        stop=StopFlag(),
-        block_size=load.block_size,
-        depth=load.depth,
-        first_block=0,
-        num_blocks=SPAN // load.block_size,
-        read_share=load.read_share,
-        sequential=load.sequential,
-        duration_s=seconds,
-        max_requests=requests,
-        seed=1,
+def arguments() -> argparse.Namespace:
+    """What was asked for."""
+    parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
+    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="tests whose names have this")
+    parser.add_argument("--list", action="store_true", help="the names of all tests")
+    parser.add_argument("--quick", action="store_true", help="3 rounds of 0.3 seconds: to see that all works")
+    parser.add_argument("--rounds", type=int, help="how often the servers take turns (9)")
+    parser.add_argument("--seconds", type=float, help="of each load (1)")
+    parser.add_argument("--python", default=sys.executable, help="whose vhostuser serves, and drives the load")
+    parser.add_argument("--serve-option", action="append", default=[], metavar="OPTION", help="for `vhostuser serve`")
+    parser.add_argument(
+        "--peer", metavar="COMMAND", help="with {image}, {socket} and, if it can, {queues} and {direct}"
     )
+    parser.add_argument("--peer-poll-ns", type=int, default=DAEMON_POLL_NS, help="of the storage daemon's thread")
+    parser.add_argument("--bare-engine", choices=("pread", "mapped"), default="pread", help="for cached files")
+    parser.add_argument("--directory", type=Path, default=PROJECT / "build", help="for the image on a file system")
+    parser.add_argument("--client-core", type=int, default=0)
+    parser.add_argument("--server-core", type=int, default=1)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", default=PROJECT / "build" / "bench.html", help="the report"
+    )
+    parser.add_argument(
+        "--merge", nargs="+", type=Path, metavar="FILE", help="only report what these --json files have"
+    )
+    return parser.parse_args()
 
 
-def quantile_us(buckets: list[tuple[int, int]], share: float) -> float:
-    """The latency in microseconds that ``share`` of the requests stayed below."""
-    rest = share * sum(count for _, count in buckets)
-    for value, count in buckets:
-        rest -= count
-        if rest <= 0:
-            return value / 1000
-    return 0.0
+def program_of(python: str) -> list[str]:
+    """The command of the environment that an interpreter belongs to."""
+    script = Path(python).absolute().with_name("vhostuser")
+    return [str(script)] if script.exists() else [python, "-m", "vhostuser.cli.main"]
+
+
+def offer_of(options: argparse.Namespace, environment: dict[str, str]) -> tuple[Offer, str, list[str]]:
+    """The servers, what the peer is called, and what cannot be compared. Raises `Failed`."""
+    peer, name, skipped = options.peer, options.peer or "", []
+    if peer is None:
+        try:
+            peer, version = storage_daemon_command(options.peer_poll_ns)
+            name = f"{version}, aio=io_uring, an iothread with poll-max-ns={options.peer_poll_ns}"
+        except Unavailable as error:
+            skipped.append(f"the peer: {error}")
+    offer = Offer(
+        program_of(options.python),
+        bare_loop(),
+        peer,
+        options.server_core,
+        options.serve_option,
+        options.bare_engine,
+        environment,
+    )
+    return offer, name or "none", skipped
+
+
+@contextmanager
+def images(directory: Path, wanted: Sequence[Case], others: bool) -> Iterator[Images]:
+    """The images that the chosen tests need, filled, and removed afterwards."""
+    directory.mkdir(parents=True, exist_ok=True)
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with (
+        tempfile.TemporaryDirectory(prefix="vhb-") as sockets,
+        tempfile.TemporaryDirectory(prefix="vhb-", dir=memory) as fast,
+        tempfile.TemporaryDirectory(prefix="vhb-", dir=directory.resolve()) as slow,
+    ):
+        found = Images(Path(fast) / "disk.img", Path(slow) / "disk.img", Path(sockets))
+        if others or any(found.of(case) == found.in_memory and case.place != "null" for case in wanted):
+            fill(found.in_memory)
+        if any(found.of(case) == found.in_file_system for case in wanted):
+            fill(found.in_file_system)
+        yield found
+
+
+def measured(options: argparse.Namespace) -> Report:
+    """Run what was chosen. Raises `Failed`."""
+    rounds = options.rounds or (3 if options.quick else 9)
+    seconds = options.seconds or (0.3 if options.quick else 1.0)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    offer, peer, skipped = offer_of(options, environment)
+    client = Client(offer.program, options.client_core, environment)
+    cases = select(options.only)
+    others = [name for name in OTHERS if chosen(name, options.only)]
+    if not cases and not others:
+        raise Failed(f"no test has {' or '.join(options.only)} in its name: see --list")
+    facts = machine.facts(offer.program, peer)
+    outcomes: list[Outcome] = []
+    figures: list[Figure] = []
+    with images(options.directory, cases, bool(others)) as files:
+        facts["file systems"] = f"{machine.file_system(files.in_memory.parent)} (the file in memory), "
+        facts["file systems"] += f"{machine.file_system(files.in_file_system.parent)} (the other files)"
+        jobs: list[Callable[[], Outcome]] = [
+            partial(run_case, case, offer, client, files, rounds=rounds, seconds=seconds) for case in cases
+        ]
+        depths = [depth for depth in QEMU_IMG_DEPTHS if f"qemu-img/read-4k-d{depth}" in others]
+        if depths and (tool := qemu_with_libblkio()):
+            img = QemuImg(tool, options.client_core)
+            jobs += [
+                partial(run_qemu_img, depth, offer, img, files, rounds=rounds, seconds=seconds) for depth in depths
+            ]
+        elif depths:
+            skipped.append("qemu-img: QEMU's tools with libblkio are not here: run `make interop`")
+        if guests.NAME in others and (qemu := guests.available()):
+            core = options.client_core
+            jobs.append(partial(guests.measure, qemu, offer, core, files.in_memory, files.directory, rounds))
+        elif guests.NAME in others:
+            skipped.append("the guest: none can be booted here: run `make packages`")
+        for job in jobs:
+            outcomes.append(job())
+            CONSOLE.print(progress(outcomes[-1]))
+        if "footprint" in others:
+            found = footprint.measure(
+                offer, files.in_memory, files.directory, rounds=rounds, idle_s=2.0 if options.quick else 10.0
+            )
+            figures.extend(found)
+    facts["load average at the end"] = " ".join(f"{value:.2f}" for value in os.getloadavg())
+    settings = {"rounds": str(rounds), "seconds of each load": str(seconds)}
+    settings |= {"processor of the client": str(options.client_core), "of the servers": str(options.server_core)}
+    return Report(facts, settings, outcomes, figures, skipped)
+
+
+def progress(outcome: Outcome) -> str:
+    """One line for a test that has just ended."""
+    ratios = [f"{text} to {name}" for name in (PEER, BARE) if (text := interval_text(outcome.ratio(name)))]
+    rate = number_text(outcome.middle(OURS, lambda sample: sample.per_s))
+    return f"{outcome.name:40} {rate:>10}/s   {', '.join(ratios)}"
 
 
 def main() -> int:
-    """Prints one table per disk; exit code 1 when a request failed."""
-    parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=1.0, help="per load")
-    parser.add_argument("disks", nargs="*", help="as for vhostuser serve; by default null, memory, and a file")
-    options = parser.parse_args()
-    failed = False
-    with tempfile.TemporaryDirectory(prefix="vhu-") as name:
-        image = Path(name) / "disk.img"
-        with image.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, GIB)
-        for disk in options.disks or ("null:size=1G", "memory:size=1G", str(image)):
-            print(f"\n{disk if disk != str(image) else f'a file of 1 GiB in {Path(name).parent}'}")
-            print(f"{'':40} {'per s':>10} {'MB/s':>8} {'median us':>10} {'99 % us':>9}")
-            for load in LOADS:
-                with served(disk, Path(name)) as place:
-                    result = measure(place, load, options.seconds)
-                buckets = result.reads if load.read_share else result.writes
-                rate = sum(count for _, count in buckets) / result.elapsed_s
-                failed |= bool(result.errors)
-                print(
-                    f"{load.name:40} {rate:10,.0f} {rate * load.block_size / 1e6:8,.0f} "
-                    f"{quantile_us(buckets, 0.5):10.1f} {quantile_us(buckets, 0.99):9.1f}"
-                )
-    return int(failed)
+    """Measures and reports. Returns the exit status: 1 when anything failed."""
+    options = arguments()
+    if options.list:
+        print("\n".join([*(case.name for case in CASES), *OTHERS]))
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        if options.merge:
+            report = merged([msgspec.json.decode(path.read_bytes(), type=Report) for path in options.merge])
+        else:
+            report = measured(options)
+    except Failed as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 1
+    CONSOLE.print(report_tables(report))
+    CONSOLE.print(f"note: {guests.WITHOUT_VM}")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+    options.html.parent.mkdir(parents=True, exist_ok=True)
+    options.html.write_text(page(report))
+    CONSOLE.print(f"{options.html}")
+    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """What the dirty log of a live migration costs, as ratios of one run: ``python -m benchmarks.migration``.
 
-One back-end; the front-end of `benchmarks` has what it writes logged or not. The variants take turns, forwards and
+One back-end; what the front-end of `benchmarks.loads` writes is logged or not. The variants take turns, forwards and
 backwards, and each turn gives ratios to the plain variant of that turn, as `benchmarks.survival` does. While a log is
 on it is read and cleared every 100 ms. With ``--other PYTHON``, the interpreter of an environment with another build,
 that build is one more variant, without a log: one from before there was a dirty log shows what the branch costs while
@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from benchmarks.__main__ import ARENA, GIB, Load, served, started
+from benchmarks.loads import ARENA, GIB, Load, served, started
 from benchmarks.survival import COLUMNS, PLAIN, Run, ratios, text, turns
 
 from vhostuser._native import DirtyLog

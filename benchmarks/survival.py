@@ -1,7 +1,7 @@
 """What surviving costs: in-flight tracking and the sandbox, as ratios of one run: ``python -m benchmarks.survival``.
 
-Two back-ends serve the same kind of disk, one with and one without the sandbox; the front-end of `benchmarks` has its
-requests tracked or not. The four variants take turns, forwards and backwards, and each turn gives the ratios to the
+Two back-ends serve the same kind of disk, one with and one without the sandbox; `benchmarks.loads` has its requests
+tracked or not. The four variants take turns, forwards and backwards, and each turn gives the ratios to the
 plain variant of that turn, so that what the machine does besides falls on all. Medians, with the interval that holds
 the median of all that there could be (sign test). Touches: processes, a directory in memory.
 """
@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from benchmarks.__main__ import GIB, Load, served, started
+from benchmarks.loads import GIB, Load, served, started
 
 from vhostuser.bench.compare import median_interval
 from vhostuser.bench.load import process_cpu_s
