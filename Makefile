@@ -7,7 +7,9 @@ export PYTHON
 
 NATIVE_SOURCES := $(shell find native \( -name target -o -name fuzz -o -name loom -o -name peers \) -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
 
-.PHONY: all help demo build format lint test test-native restarts guest interop bench docs fuzz loom sanitize oracle mutants kills soak survival-costs migration-costs instructions packages clean
+PYTHON_SOURCES := $(shell find src -name '*.py')
+
+.PHONY: all help demo build format lint test test-native restarts guest interop bench docs fuzz loom sanitize oracle mutants kills soak restart-costs survival-costs migration-costs instructions packages clean
 .DELETE_ON_ERROR:
 
 all: format build lint test
@@ -23,7 +25,7 @@ help:
 	@echo 'make guest        the whole matrix of real guests (minutes)'
 	@echo 'make interop      real peers: qemu-img over libblkio, storage daemons, the rust-vmm crates, guests that migrate under QEMU 11.1 (minutes)'
 	@echo 'make packages     fetches what guests are made of into .cache (test, guest, demo and interop do it by themselves)'
-	@echo 'make bench        the benchmarks'
+	@echo 'make bench        ours, a storage daemon and the bare loop compared: a table, build/bench.html and .json (half an hour, a quiet machine)'
 	@echo 'make docs         the documentation, warnings are errors; needs a passing `make test` for its tables'
 	@echo 'make fuzz         the fuzz targets, FUZZ_SECONDS (60) of processor time each, FUZZ_JOBS (1) at a time'
 	@echo 'make loom         every order of events of the notifications and the mailbox (a minute)'
@@ -32,6 +34,7 @@ help:
 	@echo 'make mutants      plants mistakes into the ring code; the oracle has to find each (half an hour)'
 	@echo 'make kills        kills back-ends at every step and KILLS (10000) times at random, and plants mistakes (half an hour)'
 	@echo 'make soak         SOAK_SECONDS (3600) of mixed load with kills, resets and resizes; memory must stay flat'
+	@echo 'make restart-costs  how long a start takes, and a disk is away at a restart and upgrade (minutes)'
 	@echo 'make survival-costs  what in-flight tracking and the sandbox cost, as ratios of one run (minutes, a quiet machine)'
 	@echo 'make migration-costs  what the dirty log costs, on and off, as ratios of one run (minutes, a quiet machine)'
 	@echo 'make instructions  counts what a request executes under valgrind; a rise of more than 5 % fails, RECORD=1 records it (a minute)'
@@ -111,8 +114,22 @@ build/bare: benchmarks/bare.c
 	@mkdir -p build
 	cc -O2 -Wall -Wextra -Werror -o $@ $<
 
-bench: build
-	$(BIN)/python -m benchmarks
+# What is measured is the release profile, in an environment of its own: both the server and the client that drives it.
+build/bench-venv/.native: .venv/.dev $(NATIVE_SOURCES) $(PYTHON_SOURCES)
+	@tools/check-rust
+	@rm -rf build/wheels build/bench-venv
+	PIP_QUIET=1 $(BIN)/maturin build --release --quiet --out build/wheels
+	$(PYTHON) -m venv build/bench-venv
+	build/bench-venv/bin/pip install --quiet --disable-pip-version-check build/wheels/*.whl
+	@touch $@
+
+# BENCH has more options, as in `make bench BENCH='--quick --only tmpfs'`; all of them: .venv/bin/python -m benchmarks --help
+BENCH ?=
+bench: build build/bare build/bench-venv/.native
+	@$(BIN)/python -m tests.guest.prepare || true
+	$(BIN)/python -m benchmarks --python build/bench-venv/bin/python --json build/bench.json $(BENCH)
+
+restart-costs: build
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.restart
 

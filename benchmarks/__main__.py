@@ -50,7 +50,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--directory", type=Path, default=PROJECT / "build", help="for the image on a file system")
     parser.add_argument("--client-core", type=int, default=0)
     parser.add_argument("--server-core", type=int, default=1)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers, after every test")
     parser.add_argument(
         "--html", type=Path, metavar="FILE", default=PROJECT / "build" / "bench.html", help="the report"
     )
@@ -105,8 +105,8 @@ def images(directory: Path, wanted: Sequence[Case], others: bool) -> Iterator[Im
         yield found
 
 
-def measured(options: argparse.Namespace) -> Report:
-    """Run what was chosen. Raises `Failed`."""
+def measured(options: argparse.Namespace, save: Callable[[Report], None]) -> Report:
+    """Run what was chosen. After every test ``save`` gets what there is. Raises `Failed`."""
     rounds = options.rounds or (3 if options.quick else 9)
     seconds = options.seconds or (0.3 if options.quick else 1.0)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -117,6 +117,8 @@ def measured(options: argparse.Namespace) -> Report:
     if not cases and not others:
         raise Failed(f"no test has {' or '.join(options.only)} in its name: see --list")
     facts = machine.facts(offer.program, peer)
+    settings = {"rounds": str(rounds), "seconds of each load": str(seconds)}
+    settings |= {"processor of the client": str(options.client_core), "of the servers": str(options.server_core)}
     outcomes: list[Outcome] = []
     figures: list[Figure] = []
     with images(options.directory, cases, bool(others)) as files:
@@ -141,14 +143,13 @@ def measured(options: argparse.Namespace) -> Report:
         for job in jobs:
             outcomes.append(job())
             CONSOLE.print(progress(outcomes[-1]))
+            save(Report(facts, settings, outcomes, figures, skipped))
         if "footprint" in others:
             found = footprint.measure(
                 offer, files.in_memory, files.directory, rounds=rounds, idle_s=2.0 if options.quick else 10.0
             )
             figures.extend(found)
     facts["load average at the end"] = " ".join(f"{value:.2f}" for value in os.getloadavg())
-    settings = {"rounds": str(rounds), "seconds of each load": str(seconds)}
-    settings |= {"processor of the client": str(options.client_core), "of the servers": str(options.server_core)}
     return Report(facts, settings, outcomes, figures, skipped)
 
 
@@ -157,6 +158,13 @@ def progress(outcome: Outcome) -> str:
     ratios = [f"{text} to {name}" for name in (PEER, BARE) if (text := interval_text(outcome.ratio(name)))]
     rate = number_text(outcome.middle(OURS, lambda sample: sample.per_s))
     return f"{outcome.name:40} {rate:>10}/s   {', '.join(ratios)}"
+
+
+def save(place: Path | None, report: Report) -> None:
+    """Writes all numbers, so that those of an interrupted run are there, too."""
+    if place is not None:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
 
 
 def main() -> int:
@@ -170,15 +178,13 @@ def main() -> int:
         if options.merge:
             report = merged([msgspec.json.decode(path.read_bytes(), type=Report) for path in options.merge])
         else:
-            report = measured(options)
-    except Failed as error:
+            report = measured(options, partial(save, options.json))
+    except (Failed, OSError, msgspec.DecodeError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1
     CONSOLE.print(report_tables(report))
     CONSOLE.print(f"note: {guests.WITHOUT_VM}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+    save(options.json, report)
     options.html.parent.mkdir(parents=True, exist_ok=True)
     options.html.write_text(page(report))
     CONSOLE.print(f"{options.html}")

@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -55,7 +55,7 @@ def run_once(place: str, depth: int, seconds: float, *, tracked: bool) -> Run:
     return Run(requests / result.elapsed_s, 1e6 * (after - before) / requests)
 
 
-def turns(runs: dict[str, Callable[[], Run]], count: int) -> dict[str, list[Run]]:
+def turns(runs: Mapping[str, Callable[[], Run]], count: int) -> dict[str, list[Run]]:
     """Let the variants take turns ``count`` times, every second time backwards."""
     found: dict[str, list[Run]] = {name: [] for name in runs}
     for number in range(count):
