@@ -25,7 +25,7 @@ help:
 	@echo 'make guest        the whole matrix of real guests (minutes)'
 	@echo 'make interop      real peers: qemu-img over libblkio, storage daemons, the rust-vmm crates, guests that migrate under QEMU 11.1 (minutes)'
 	@echo 'make packages     fetches what guests are made of into .cache (test, guest, demo and interop do it by themselves)'
-	@echo 'make bench        ours, a storage daemon and the bare loop compared: a table, build/bench.html and .json (half an hour, a quiet machine)'
+	@echo 'make bench        ours, a storage daemon and the bare loop compared: a table, build/bench.html and .json (long, a quiet machine)'
 	@echo 'make docs         the documentation, warnings are errors; needs a passing `make test` for its tables'
 	@echo 'make fuzz         the fuzz targets, FUZZ_SECONDS (60) of processor time each, FUZZ_JOBS (1) at a time'
 	@echo 'make loom         every order of events of the notifications and the mailbox (a minute)'

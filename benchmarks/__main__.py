@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import msgspec
-from benchmarks import footprint, guests, machine
 from benchmarks.cases import CASES, OTHERS, QEMU_IMG_DEPTHS, Case, chosen, select
 from benchmarks.clients import Client, QemuImg, qemu_with_libblkio
 from benchmarks.report import page
@@ -28,6 +27,8 @@ from benchmarks.tables import interval_text, number_text, report_tables
 from rich.console import Console
 from tests.guest.packages import PROJECT
 from tests.peers.daemons import Unavailable
+
+from benchmarks import footprint, guests, machine
 
 CONSOLE = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
 

@@ -14,7 +14,7 @@ from vhostuser.bench.compare import Interval
 Row = tuple[str, Mapping[str, Interval]]
 """What is compared, and the ratio by the class of its bar."""
 
-LABELS, PLOT, NUMBERS = 380, 480, 140
+LABELS, PLOT, NUMBERS = 470, 460, 70
 BAR, GAP, TOP, BOTTOM = 11, 9, 24, 24
 
 

@@ -26,7 +26,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --paper: #191918; --ink: #eceae4; --dim: #a09e97; --line: #3a3936;
   --peer: #6aa9ee; --bare: #e88f5c; } }
 body { background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto;
-  max-width: 72rem; padding: 0 1rem; }
+  max-width: 80rem; padding: 0 1rem; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
 .note { color: var(--dim); }
 .wide { overflow-x: auto; }

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from math import exp, log
 from statistics import median
 
+from benchmarks.cases import CASES, OTHERS
+
 from vhostuser.bench.compare import Interval, median_interval
 
 OURS, PEER, BARE = "ours", "peer", "bare"
@@ -104,9 +106,14 @@ def summary(outcomes: Sequence[Outcome], to: str) -> Summary | None:
 
 
 def merged(reports: Sequence[Report]) -> Report:
-    """Runs with different tests as one; of a test that several have, the last one's counts. Needs at least one."""
+    """Runs with different tests as one; of a test that several have, the last one's counts. Needs at least one.
+
+    Tests are in the order of the table.
+    """
+    order = {name: number for number, name in enumerate([*(case.name for case in CASES), *OTHERS])}
     outcomes = {outcome.name: outcome for report in reports for outcome in report.outcomes}
     figures = {figure.name: figure for report in reports for figure in report.figures}
     skipped = dict.fromkeys(text for report in reports for text in report.skipped)
     first = reports[0]
-    return Report(first.machine, first.settings, list(outcomes.values()), list(figures.values()), list(skipped))
+    ordered = sorted(outcomes.values(), key=lambda outcome: order.get(outcome.name, len(order)))
+    return Report(first.machine, first.settings, ordered, list(figures.values()), list(skipped))

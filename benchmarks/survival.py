@@ -59,7 +59,7 @@ def turns(runs: Mapping[str, Callable[[], Run]], count: int) -> dict[str, list[R
     """Let the variants take turns ``count`` times, every second time backwards."""
     found: dict[str, list[Run]] = {name: [] for name in runs}
     for number in range(count):
-        for name in list(runs) if number % 2 == 0 else list(reversed(runs)):
+        for name in list(runs) if number % 2 == 0 else list(runs)[::-1]:
             found[name].append(runs[name]())
     return found
 
