@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks.cases import Case
-from benchmarks.results import OURS, PEER, Outcome, Sample
+from benchmarks.results import Outcome, Sample
 from benchmarks.servers import Failed, Offer, Server
 from tests.guest.machines import Disk, Guest
 from tests.guest.prepare import Qemu, machine, machine_ready, present
@@ -39,7 +39,7 @@ def available() -> Qemu | None:
 
 def measure(qemu: Qemu, offer: Offer, core: int, image: Path, directory: Path, rounds: int) -> Outcome:
     """Boot one guest with a disk of each back-end, on processor ``core``, and let them take turns. Raises `Failed`."""
-    names = [name for name in offer.names(CASE) if name in (OURS, PEER)]
+    names = offer.names(CASE)
     allowed = os.sched_getaffinity(0)
     with ExitStack() as stack:
         servers = {name: stack.enter_context(offer.serve(name, CASE, image, directory)) for name in names}
