@@ -134,7 +134,7 @@ impl Serve for ChainServe {
             ring,
             index: index as u16,
             head: chain.head,
-            readable: std::mem::take(&mut chain.readable),
+            readable: std::mem::take(chain.readable_mut()),
             writable: std::mem::take(&mut chain.writable),
             memory: Arc::clone(memory),
             answered: AtomicBool::new(false),

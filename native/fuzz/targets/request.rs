@@ -162,7 +162,7 @@ impl Play<'_> {
         let mapped =
             |segment: &Segment| self.guest.memory.runs(segment.addr, u64::from(segment.len), &mut Vec::new()).is_ok();
         let answerable = last.is_some_and(mapped);
-        let (before, readable) = (self.guest.snapshot(), self.guest.gather(&chain.readable));
+        let (before, readable) = (self.guest.snapshot(), self.guest.gather(chain.readable()));
         let places: Vec<_> =
             chain.writable.iter().flat_map(|run| (0..run.len()).map(|at| self.guest.place(run) + at)).collect();
         let room = chain.writable_len.saturating_sub(1);

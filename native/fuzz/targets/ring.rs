@@ -119,11 +119,11 @@ impl Play<'_> {
     }
 
     fn check(&mut self, chain: &mut Chain) {
-        for run in chain.readable.iter().chain(&chain.writable) {
+        for run in chain.readable().iter().chain(&chain.writable) {
             assert!(!run.is_empty());
             self.guest.place(run);
         }
-        let found = (bytes_of(&chain.readable), bytes_of(&chain.writable));
+        let found = (bytes_of(chain.readable()), bytes_of(&chain.writable));
         match chain.fault {
             None => assert_eq!(found, (chain.readable_len, chain.writable_len)),
             Some(_) => assert!(found.0 <= chain.readable_len && found.1 <= chain.writable_len),
@@ -144,10 +144,10 @@ impl Play<'_> {
             }
         }
         if chain.readable_len < 1 << 16 {
-            let whole = self.guest.gather(&chain.readable);
-            let header = chain.take_header::<16>();
+            let whole = self.guest.gather(chain.readable());
+            let header = chain.take_bytes::<16>();
             assert_eq!(header.as_ref().map(|header| &header[..]), whole.get(..16));
-            let rest = self.guest.gather(&chain.readable);
+            let rest = self.guest.gather(chain.readable());
             assert_eq!(rest, whole[if header.is_some() { 16 } else { 0 }..]);
             assert_eq!(chain.readable_len, rest.len() as u64);
         }

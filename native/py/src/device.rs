@@ -95,7 +95,7 @@ impl DeviceRing {
 
     fn read<'py>(&self, py: Python<'py>, head: u16) -> PyResult<Bound<'py, PyBytes>> {
         let state = self.lock();
-        let runs = &state.chain(head)?.readable;
+        let runs = state.chain(head)?.readable();
         PyBytes::new_with(py, runs.iter().map(core_memory::IoVec::len).sum(), |into| {
             let mut at = 0;
             for run in runs {

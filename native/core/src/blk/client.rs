@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use crate::memory::{GuestSlice, Mapping};
+use crate::memory::{GuestSlice, Mapping, OutOfBounds};
 use crate::ring::layout::DESC_SIZE;
-use crate::ring::{feature, Areas, DriverError, DriverRing, Segment};
+use crate::ring::{feature, write_table, Areas, DriverError, DriverRing, Segment};
 
 /// Bytes of a slot's header and status byte, apart from each other's cache lines.
 const SLOT_LEN: usize = 64;
@@ -99,17 +99,36 @@ pub struct Answer {
     pub written: u32,
 }
 
+/// Room for one indirect table, and the chain that it holds. Most requests of a slot differ in their header only: the
+/// table is then left alone, and the device's processor need not fetch it again.
+#[derive(Debug)]
+struct Table {
+    room: GuestSlice,
+    addr: u64,
+    holds: Vec<Segment>,
+}
+
+impl Table {
+    fn hold(&mut self, segments: &[Segment]) -> Result<(), DriverError> {
+        if self.holds != segments {
+            self.holds.clear();
+            write_table(segments, &self.room)?;
+            self.holds.extend_from_slice(segments);
+        }
+        Ok(())
+    }
+}
+
 /// One queue of a disk, seen from the driver. One thread at a time.
 #[derive(Debug)]
 pub struct ClientQueue {
     ring: DriverRing,
     layout: ClientLayout,
     slots: GuestSlice,
-    /// Guest addresses of the first slot and the first table.
+    /// Guest address of the first slot.
     slots_addr: u64,
-    tables_addr: u64,
-    /// Room for each slot's indirect table; none without the feature.
-    tables: Vec<GuestSlice>,
+    /// Each slot's indirect table; none without the feature.
+    tables: Vec<Table>,
     free: Vec<u16>,
     tokens: Vec<u64>,
     slot_of: Vec<u16>,
@@ -139,12 +158,18 @@ impl ClientQueue {
             size: layout.size,
         };
         let tables = if features & feature::INDIRECT_DESC == 0 { 0 } else { size };
-        let table = |slot| slice(layout.tables() + layout.table_len() * slot, layout.table_len());
+        let table = |slot| {
+            let at = layout.tables() + layout.table_len() * slot;
+            Ok::<_, OutOfBounds>(Table {
+                room: slice(at, layout.table_len())?,
+                addr: base + at as u64,
+                holds: Vec::new(),
+            })
+        };
         Ok(Self {
             ring: DriverRing::new(areas, features, first)?,
             slots: slice(layout.slots(), SLOT_LEN * size)?,
             slots_addr: base + layout.slots() as u64,
-            tables_addr: base + layout.tables() as u64,
             tables: (0..tables).map(table).collect::<Result<_, _>>()?,
             layout,
             free: (0..layout.size).rev().collect(),
@@ -185,10 +210,10 @@ impl ClientQueue {
         self.segments.push(place(header, STATUS_AT as u32, false));
         self.segments.extend(request.data.iter().map(|piece| place(piece.addr, piece.len, request.writable)));
         self.segments.push(place(header + STATUS_AT as u64, 1, true));
-        let head = match self.tables.get(usize::from(slot)) {
+        let head = match self.tables.get_mut(usize::from(slot)) {
             Some(table) => {
-                let addr = self.tables_addr + (self.layout.table_len() * usize::from(slot)) as u64;
-                self.ring.add_indirect(&self.segments, table, addr)?
+                table.hold(&self.segments)?;
+                self.ring.add_written(&self.segments, table.addr)?
             }
             None => self.ring.add(&self.segments)?,
         };

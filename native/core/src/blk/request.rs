@@ -153,11 +153,9 @@ fn read_header(chain: &mut Chain, limits: &Limits, features: u64, ranges: &mut V
     if chain.fault.is_some() {
         return (Request::Refused(S_IOERR), RequestType::Other);
     }
-    let Some(header) = chain.take_header::<16>() else { return (Request::Refused(S_IOERR), RequestType::Other) };
-    let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("four bytes"));
-    let sector = u64::from_le_bytes(header[8..].try_into().expect("eight bytes"));
+    let Some([first, sector]) = chain.take_header() else { return (Request::Refused(S_IOERR), RequestType::Other) };
     let legacy = features & feature::VERSION_1 == 0;
-    let kind = if legacy { word(0) & !T_BARRIER } else { word(0) };
+    let kind = if legacy { first as u32 & !T_BARRIER } else { first as u32 };
     match kind {
         T_IN => (read(chain, limits, sector), RequestType::Read),
         T_OUT => (write(chain, limits, sector), RequestType::Write),
@@ -223,8 +221,8 @@ fn discard_or_zero(
         return Request::Refused(S_UNSUPP);
     }
     for _ in 0..count {
-        let Some(bytes) = chain.take_header::<16>() else { return Request::Refused(S_IOERR) };
-        match range(bytes, limits, discard, max_sectors) {
+        let Some(words) = chain.take_header() else { return Request::Refused(S_IOERR) };
+        match range(words, limits, discard, max_sectors) {
             Ok(Some(range)) => ranges.push(range),
             Ok(None) => {}
             Err(status) => {
@@ -236,10 +234,8 @@ fn discard_or_zero(
     Request::Ranges { discard }
 }
 
-fn range(bytes: [u8; 16], limits: &Limits, discard: bool, max_sectors: u32) -> Result<Option<Range>, u8> {
-    let sector = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes"));
-    let num_sectors = u32::from_le_bytes(bytes[8..12].try_into().expect("four bytes"));
-    let flags = u32::from_le_bytes(bytes[12..].try_into().expect("four bytes"));
+fn range([sector, rest]: [u64; 2], limits: &Limits, discard: bool, max_sectors: u32) -> Result<Option<Range>, u8> {
+    let (num_sectors, flags) = (rest as u32, (rest >> 32) as u32);
     let unmap = flags & FLAG_UNMAP != 0;
     if flags & !FLAG_UNMAP != 0 || (discard && unmap) {
         return Err(S_UNSUPP);

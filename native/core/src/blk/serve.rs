@@ -249,8 +249,8 @@ impl BlkServe {
     fn move_now(&mut self, ring: u16, chain: &Chain, kind: Kind, offset: u64) -> bool {
         let durable = kind == Kind::Write && !self.writeback;
         let (stream, bytes, name) = match kind {
-            Kind::Read => (&chain.writable, chain.writable_len, RequestType::Read),
-            _ => (&chain.readable, chain.readable_len, RequestType::Write),
+            Kind::Read => (&chain.writable[..], chain.writable_len, RequestType::Read),
+            _ => (chain.readable(), chain.readable_len, RequestType::Write),
         };
         if bytes == 0 {
             return false;
@@ -427,7 +427,7 @@ impl Serve for BlkServe {
         let at = self.open_slot(slot);
         match request {
             Request::In { offset } => self.transfer(at, Kind::Read, offset, &mut chain.writable, memory),
-            Request::Out { offset } => self.transfer(at, Kind::Write, offset, &mut chain.readable, memory),
+            Request::Out { offset } => self.transfer(at, Kind::Write, offset, chain.readable_mut(), memory),
             Request::Ranges { .. } => self.change_ranges(at),
             _ => self.flush(at),
         }

@@ -58,13 +58,21 @@ impl IoVec {
         self.0.iov_len = self.0.iov_len.min(count);
     }
 
-    /// The first `N` bytes; `None` when there are fewer.
+    /// The first 16 bytes as two little-endian words, each read once; `None` when there are fewer.
     #[inline]
-    pub fn first<const N: usize>(&self) -> Option<[u8; N]> {
-        // SAFETY: `from_raw_parts` promises the source; an array of bytes may lie anywhere.
-        let read = || unsafe { self.as_ptr().cast::<[u8; N]>().read() };
-        // Nobody may read the peer's memory once more instead of keeping what was read.
-        (self.len() >= N).then(|| std::hint::black_box(read()))
+    pub fn words(&self) -> Option<[u64; 2]> {
+        if self.len() < 16 {
+            return None;
+        }
+        let at = self.as_ptr().cast::<u64>();
+        if at.is_aligned() {
+            // SAFETY: `from_raw_parts` promises the bytes, and both words are aligned. Volatile: the peer's memory is not read
+            // once more instead of keeping what was read.
+            return Some(unsafe { [at.read_volatile(), at.add(1).read_volatile()] }.map(u64::from_le));
+        }
+        let mut bytes = [0; 16];
+        self.copy_to(&mut bytes);
+        Some(words_of(bytes))
     }
 
     /// Stores the first byte, if there is one.
@@ -76,11 +84,22 @@ impl IoVec {
         }
     }
 
-    /// Has the processor fetch the first bytes, to be read soon and, what lies beside them, written.
+    /// Has the processor fetch the first bytes, soon to be read.
     #[inline]
     pub fn prefetch(&self) {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a hint, which never faults.
+        unsafe {
+            use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+            _mm_prefetch(self.as_ptr().cast(), _MM_HINT_T0);
+        }
+    }
+
+    /// The same where what lies beside them is soon to be written: the peer's processor gives it up at once.
+    #[inline]
+    pub fn prefetch_to_write(&self) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a hint, which never faults; processors that do not know it do nothing.
         unsafe {
             use std::arch::x86_64::{_mm_prefetch, _MM_HINT_ET0};
             _mm_prefetch(self.as_ptr().cast(), _MM_HINT_ET0);
@@ -111,6 +130,13 @@ impl IoVec {
         // SAFETY: `from_raw_parts` promises the target.
         unsafe { std::ptr::write_bytes(self.as_ptr(), 0, self.len()) };
     }
+}
+
+/// 16 bytes as two little-endian words.
+#[inline]
+pub(crate) fn words_of(bytes: [u8; 16]) -> [u64; 2] {
+    let whole = u128::from_le_bytes(bytes);
+    [whole as u64, (whole >> 64) as u64]
 }
 
 impl fmt::Debug for IoVec {

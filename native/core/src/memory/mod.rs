@@ -10,6 +10,7 @@ mod space;
 
 pub use dirty::{BeyondLog, DirtyLog, PAGE};
 pub use inflight::{InflightQueue, InflightRegion};
+pub(crate) use iovec::words_of;
 pub use iovec::IoVec;
 pub use mapping::Mapping;
 pub use slice::{GuestSlice, OutOfBounds};

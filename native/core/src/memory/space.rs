@@ -180,10 +180,8 @@ impl GuestMemory {
         if len == 0 || len > region.spec.size - into {
             return None;
         }
-        let mut run = region.bytes;
-        run.advance(into as usize);
-        run.truncate(len as usize);
-        Some(run)
+        // SAFETY: within the region, whose bytes `region.map` keeps; whoever holds the run holds the table.
+        Some(unsafe { IoVec::from_raw_parts(region.bytes.as_ptr().add(into as usize), len as usize) })
     }
 
     /// Appends the runs behind `len` bytes at `guest_addr` to `out`: one for each region touched.

@@ -3,7 +3,7 @@
 
 use super::layout::{Descriptor, DESC_SIZE, F_INDIRECT, F_NEXT, F_WRITE};
 use super::{Areas, Broken};
-use crate::memory::{DirtyLog, GuestMemory, IoVec};
+use crate::memory::{words_of, DirtyLog, GuestMemory, IoVec};
 
 /// Entries an indirect table may have even where the ring is shorter: Linux makes tables for `seg_max`, whatever the ring's size.
 const MIN_INDIRECT_LIMIT: u32 = 4096;
@@ -37,11 +37,12 @@ pub enum Status {
 pub struct Chain {
     /// The first descriptor: what is given back.
     pub head: u16,
-    /// The readable stream.
-    pub readable: Vec<IoVec>,
+    /// The readable stream, from run `read` on.
+    readable: Vec<IoVec>,
+    read: usize,
     /// The writable stream.
     pub writable: Vec<IoVec>,
-    /// Bytes in `readable`.
+    /// Bytes in the readable stream.
     pub readable_len: u64,
     /// Bytes in `writable`.
     pub writable_len: u64,
@@ -72,9 +73,9 @@ impl Chain {
                 }
                 return self.walk_table(descriptor, memory, u32::from(areas.size));
             }
-            self.push(&descriptor, memory);
+            self.push(descriptor, memory);
             if descriptor.flags & F_NEXT == 0 {
-                return Ok(());
+                return self.walked();
             }
             at = descriptor.next;
             if at >= areas.size {
@@ -94,40 +95,46 @@ impl Chain {
             return self.walk_entries(entries as u16, memory, |at| {
                 let mut run = run;
                 run.advance(usize::from(at) * DESC_SIZE);
-                run.first().unwrap_or_default()
+                run.words().unwrap_or_default()
             });
         }
-        // The table may cross regions: it is read through its runs.
-        let first = self.readable.len();
-        if memory.runs(table.addr, u64::from(table.len), &mut self.readable).is_err() {
+        self.walk_scattered(table, entries as u16, memory)
+    }
+
+    /// The table crosses regions, or lies outside of them: it is read through its runs.
+    #[cold]
+    fn walk_scattered(&mut self, table: Descriptor, entries: u16, memory: &GuestMemory) -> Result<(), Broken> {
+        let mut runs = Vec::new();
+        if memory.runs(table.addr, u64::from(table.len), &mut runs).is_err() {
             self.fault = Some(Fault::Unmapped);
             self.last_unmapped = true;
             return Ok(());
         }
-        let runs: Vec<IoVec> = self.readable.drain(first..).collect();
-        self.walk_entries(entries as u16, memory, |at| {
+        self.walk_entries(entries, memory, |at| {
             let mut bytes = [0; DESC_SIZE];
             copy_out(&runs, usize::from(at) * DESC_SIZE, &mut bytes);
-            bytes
+            words_of(bytes)
         })
     }
 
+    #[inline(always)]
     fn walk_entries(
         &mut self,
         entries: u16,
         memory: &GuestMemory,
-        entry: impl Fn(u16) -> [u8; DESC_SIZE],
+        entry: impl Fn(u16) -> [u64; 2],
     ) -> Result<(), Broken> {
         let head = self.head;
         let mut at = 0;
         for _ in 0..entries {
-            let descriptor = Descriptor::from_bytes(entry(at));
+            let [addr, rest] = entry(at);
+            let descriptor = Descriptor::from_words(addr, rest);
             if descriptor.flags & F_INDIRECT != 0 {
                 return Err(Broken::Indirect { head });
             }
-            self.push(&descriptor, memory);
+            self.push(descriptor, memory);
             if descriptor.flags & F_NEXT == 0 {
-                return Ok(());
+                return self.walked();
             }
             at = descriptor.next;
             if at >= entries {
@@ -137,9 +144,19 @@ impl Chain {
         Err(Broken::Loop { head })
     }
 
+    /// The sum of 65535 lengths of 32 bits fits.
+    #[inline]
+    fn walked(&mut self) -> Result<(), Broken> {
+        if self.readable_len + self.writable_len > MAX_LEN {
+            self.fault = Some(Fault::Length);
+        }
+        Ok(())
+    }
+
     fn clear(&mut self, head: u16) {
         self.head = head;
         self.readable.clear();
+        self.read = 0;
         self.writable.clear();
         self.readable_len = 0;
         self.writable_len = 0;
@@ -168,8 +185,8 @@ impl Chain {
         self.last_unmapped |= self.writes.last().is_some_and(|&(gpa, len)| !log.covers(gpa, u64::from(len)));
     }
 
-    #[inline]
-    fn push(&mut self, descriptor: &Descriptor, memory: &GuestMemory) {
+    #[inline(always)]
+    fn push(&mut self, descriptor: Descriptor, memory: &GuestMemory) {
         let len = u64::from(descriptor.len);
         if len == 0 {
             return; // it is no part of either stream, wherever it stands
@@ -195,9 +212,6 @@ impl Chain {
                 self.writes.push((descriptor.addr, descriptor.len));
             }
         }
-        if self.readable_len + self.writable_len > MAX_LEN {
-            self.fault = Some(Fault::Length);
-        }
     }
 
     /// Takes the last writable byte off the writable stream.
@@ -218,31 +232,42 @@ impl Chain {
         Status::At(byte)
     }
 
-    /// Takes `N` bytes off the front of the readable stream; `None` when it is shorter.
+    /// Takes 16 bytes off the front of the readable stream, as two little-endian words; `None` when it is shorter.
     #[inline]
-    pub fn take_header<const N: usize>(&mut self) -> Option<[u8; N]> {
+    pub fn take_header(&mut self) -> Option<[u64; 2]> {
+        // Drivers mostly put it into a buffer of its own.
+        match self.readable().first() {
+            Some(header) if header.len() == 16 => {
+                let words = header.words();
+                self.read += 1;
+                self.readable_len -= 16;
+                words
+            }
+            _ => self.take_bytes().map(words_of),
+        }
+    }
+
+    /// The readable stream.
+    #[inline]
+    pub fn readable(&self) -> &[IoVec] {
+        &self.readable[self.read..]
+    }
+
+    /// The same, to be taken away.
+    pub fn readable_mut(&mut self) -> &mut Vec<IoVec> {
+        self.readable.drain(..std::mem::take(&mut self.read));
+        &mut self.readable
+    }
+
+    /// Takes `N` bytes off the front of the readable stream; `None` when it is shorter.
+    pub fn take_bytes<const N: usize>(&mut self) -> Option<[u8; N]> {
         if self.readable_len < N as u64 {
             return None;
-        }
-        if let Some(header) = self.readable.first().and_then(IoVec::first) {
-            // Drivers put it into a buffer of its own; the one before the data.
-            let run = &mut self.readable[0];
-            run.advance(N);
-            if run.is_empty() {
-                // Of two the second one is first afterwards, without a call to move it.
-                if self.readable.len() <= 2 {
-                    self.readable.swap_remove(0);
-                } else {
-                    self.readable.remove(0);
-                }
-            }
-            self.readable_len -= N as u64;
-            return Some(header);
         }
         let mut header = [0; N];
         let mut filled = 0;
         let mut whole = 0;
-        for run in &mut self.readable {
+        for run in self.readable_mut() {
             let count = run.copy_to(&mut header[filled..]);
             run.advance(count);
             filled += count;

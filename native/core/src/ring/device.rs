@@ -46,9 +46,14 @@ pub struct DeviceRing {
     /// Up to here the processor was asked to fetch what chains are made of; never behind `next_avail`.
     tables_fetched: u16,
     headers_fetched: u16,
+    /// What the descriptors of these chains point to, by index; only used to fetch ahead.
+    tables: [Option<IoVec>; TABLES_AHEAD as usize],
     /// Where the next used entry goes; runs ahead of what was published.
     next_used: u16,
     published: u16,
+    /// How many entries lie between. It could be had from the two, but a load of both at once waits until the store of one has
+    /// left the processor, behind all stores to the driver's memory.
+    unpublished: u32,
     /// used.idx at the last notification decision; `None` when that is not known.
     signalled: Option<u16>,
     /// Something was made visible since.
@@ -76,8 +81,10 @@ impl DeviceRing {
             seen_avail: setup.base,
             tables_fetched: setup.base,
             headers_fetched: setup.base,
+            tables: [None; TABLES_AHEAD as usize],
             next_used: used,
             published: used,
+            unpublished: 0,
             signalled: None,
             undecided: false,
             in_flight: 0,
@@ -182,6 +189,8 @@ impl DeviceRing {
     /// Finds the areas again in another table. No chain may be in flight.
     pub fn relocate(&mut self, memory: &GuestMemory) -> Result<(), SetupError> {
         self.areas = Areas::find(&self.setup, memory)?;
+        // What was fetched ahead lies in the memory from before.
+        (self.tables_fetched, self.headers_fetched) = (self.next_avail, self.next_avail);
         Ok(())
     }
 
@@ -202,8 +211,8 @@ impl DeviceRing {
 
     /// Chains that were pushed and not published.
     #[inline]
-    pub fn unpublished(&self) -> u16 {
-        index::ahead(self.next_used, self.published)
+    pub fn unpublished(&self) -> u32 {
+        self.unpublished
     }
 
     /// The used index as the driver sees it.
@@ -265,21 +274,27 @@ impl DeviceRing {
     /// again, and checked, when its chain is taken.
     #[inline]
     fn fetch_ahead(&mut self, memory: &GuestMemory) {
-        let seen = index::ahead(self.seen_avail, self.next_avail);
-        while index::ahead(self.tables_fetched, self.next_avail) < seen.min(TABLES_AHEAD) {
-            if let Some(table) = self.buffer_at(self.tables_fetched, memory) {
-                table.prefetch();
+        let mut seen = index::ahead(self.seen_avail, self.next_avail);
+        if seen < TABLES_AHEAD {
+            // Soon it is needed anyway. A jump shows when nothing is left to take.
+            let now = self.areas.avail.load_u16(layout::IDX).unwrap_or(self.seen_avail);
+            if index::ahead(now, self.next_avail) <= self.areas.size {
+                self.seen_avail = now;
+                seen = index::ahead(now, self.next_avail);
             }
+        }
+        while index::ahead(self.tables_fetched, self.next_avail) < seen.min(TABLES_AHEAD) {
+            let table = self.buffer_at(self.tables_fetched, memory);
+            table.iter().for_each(IoVec::prefetch);
+            self.tables[usize::from(self.tables_fetched % TABLES_AHEAD)] = table;
             self.tables_fetched = self.tables_fetched.wrapping_add(1);
         }
-        if !self.indirect {
-            return;
-        }
         while index::ahead(self.headers_fetched, self.next_avail) < seen.min(HEADERS_AHEAD) {
-            let table = self.buffer_at(self.headers_fetched, memory);
-            let first = table.and_then(|table| table.first()).map(layout::Descriptor::from_bytes);
-            if let Some(header) = first.and_then(|first| memory.run(first.addr, u64::from(first.len))) {
-                header.prefetch();
+            let table = self.tables[usize::from(self.headers_fetched % TABLES_AHEAD)];
+            if let Some([addr, rest]) = table.filter(|_| self.indirect).and_then(|table| table.words()) {
+                let header = memory.run(addr, u64::from(layout::Descriptor::from_words(addr, rest).len));
+                // Drivers mostly have the status byte beside it.
+                header.iter().for_each(IoVec::prefetch_to_write);
             }
             self.headers_fetched = self.headers_fetched.wrapping_add(1);
         }
@@ -325,6 +340,7 @@ impl DeviceRing {
         self.taken[word] &= !bit;
         self.in_flight -= 1;
         self.next_used = self.next_used.wrapping_add(1);
+        self.unpublished += 1;
         Ok(())
     }
 
@@ -374,9 +390,10 @@ impl DeviceRing {
     /// Stores the used index, if it is another one, and what goes with it.
     #[inline]
     fn show(&mut self) -> Result<(), Broken> {
-        if self.next_used == self.published {
+        if self.unpublished == 0 {
             return Ok(());
         }
+        self.unpublished = 0;
         self.areas.used.store_u16(layout::IDX, self.next_used)?;
         let before = std::mem::replace(&mut self.published, self.next_used);
         self.undecided = true;

@@ -86,6 +86,9 @@ struct Outstanding {
 #[derive(Debug)]
 pub struct DriverRing {
     areas: Areas,
+    /// What the descriptor table holds: an entry that stays as it is is not stored again, for the device's processor would have
+    /// to fetch it again.
+    table: Vec<Descriptor>,
     /// The free list and, for chains in use, how they go on: the table's own copy is never read back.
     next: Vec<u16>,
     outstanding: Vec<Outstanding>,
@@ -110,6 +113,7 @@ impl DriverRing {
         areas.used.store_u16(layout::IDX, base)?;
         let size = areas.size;
         Ok(Self {
+            table: vec![Descriptor::from_words(0, 0); usize::from(size)],
             next: (1..=size).collect(),
             outstanding: vec![Outstanding::default(); usize::from(size)],
             free_head: 0,
@@ -166,7 +170,7 @@ impl DriverRing {
             let last = place + 1 == segments.len();
             let next = self.next[usize::from(at)];
             room += if segment.writable { u64::from(segment.len) } else { 0 };
-            self.areas.set_descriptor(at, segment.descriptor(last, next))?;
+            self.set_descriptor(at, segment.descriptor(last, next))?;
             self.free_head = next;
             at = next;
         }
@@ -176,28 +180,37 @@ impl DriverRing {
 
     /// The same by one indirect descriptor; `table` is room for the entries, at guest address `addr`.
     pub fn add_indirect(&mut self, segments: &[Segment], table: &GuestSlice, addr: u64) -> Result<u16, DriverError> {
-        let count = u16::try_from(segments.len()).map_err(|_| DriverError::Chain)?;
-        let len = segments.len() * layout::DESC_SIZE;
-        if count == 0 || table.len() < len {
+        write_table(segments, table)?;
+        self.add_written(segments, addr)
+    }
+
+    /// The same where the table at `addr` holds the chain already: see [`write_table`].
+    #[inline]
+    pub fn add_written(&mut self, segments: &[Segment], addr: u64) -> Result<u16, DriverError> {
+        let len = u16::try_from(segments.len()).map_err(|_| DriverError::Chain)?;
+        if len == 0 {
             return Err(DriverError::Chain);
         }
         if self.free == 0 {
             return Err(DriverError::Full);
         }
-        let mut room = 0;
-        for (at, segment) in segments.iter().enumerate() {
-            let last = at + 1 == segments.len();
-            room += if segment.writable { u64::from(segment.len) } else { 0 };
-            let descriptor = segment.descriptor(last, at as u16 + 1);
-            table.store_u64(at * layout::DESC_SIZE, descriptor.addr)?;
-            table.store_u64(at * layout::DESC_SIZE + 8, descriptor.rest())?;
-        }
+        let room = segments.iter().map(|segment| if segment.writable { u64::from(segment.len) } else { 0 }).sum();
         let head = self.free_head;
-        let descriptor = Descriptor { addr, len: len as u32, flags: F_INDIRECT, next: 0 };
-        self.areas.set_descriptor(head, descriptor)?;
+        let len = u32::from(len) * layout::DESC_SIZE as u32;
+        self.set_descriptor(head, Descriptor { addr, len, flags: F_INDIRECT, next: 0 })?;
         self.free_head = self.next[usize::from(head)];
         self.offer(head, 1, room)?;
         Ok(head)
+    }
+
+    #[inline]
+    fn set_descriptor(&mut self, at: u16, descriptor: Descriptor) -> Result<(), DriverError> {
+        let kept = &mut self.table[usize::from(at)];
+        if *kept != descriptor {
+            self.areas.set_descriptor(at, descriptor)?;
+            *kept = descriptor;
+        }
+        Ok(())
     }
 
     fn offer(&mut self, head: u16, descriptors: u16, room: u64) -> Result<(), DriverError> {
@@ -310,6 +323,19 @@ impl DriverRing {
         }
         Ok(self.areas.avail.store_u16(layout::FLAGS, layout::AVAIL_NO_INTERRUPT)?)
     }
+}
+
+/// Writes a chain into an indirect table. Fails when it has no room for it.
+pub(crate) fn write_table(segments: &[Segment], table: &GuestSlice) -> Result<(), DriverError> {
+    if table.len() < segments.len() * layout::DESC_SIZE {
+        return Err(DriverError::Chain);
+    }
+    for (at, segment) in segments.iter().enumerate() {
+        let descriptor = segment.descriptor(at + 1 == segments.len(), at as u16 + 1);
+        table.store_u64(at * layout::DESC_SIZE, descriptor.addr)?;
+        table.store_u64(at * layout::DESC_SIZE + 8, descriptor.rest())?;
+    }
+    Ok(())
 }
 
 impl Segment {

@@ -84,14 +84,6 @@ impl Descriptor {
         self.len as u64 | (self.flags as u64) << 32 | (self.next as u64) << 48
     }
 
-    /// From 16 bytes.
-    #[inline]
-    pub fn from_bytes(bytes: [u8; DESC_SIZE]) -> Self {
-        let (addr, rest) = bytes.split_at(8);
-        let word = |half: &[u8]| u64::from_le_bytes(half.try_into().expect("eight bytes"));
-        Self::from_words(word(addr), word(rest))
-    }
-
     /// As 16 bytes.
     pub fn to_bytes(self) -> [u8; DESC_SIZE] {
         let mut bytes = [0; DESC_SIZE];

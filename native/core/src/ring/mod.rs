@@ -13,6 +13,7 @@ mod split;
 pub(crate) use chain::{copy_in, copy_out};
 pub use chain::{Chain, Fault, Status};
 pub use device::{DeviceRing, RingLog};
+pub(crate) use driver::write_table;
 pub use driver::{DriverError, DriverRing, Segment};
 pub use split::{Areas, RingSetup, SetupError};
 

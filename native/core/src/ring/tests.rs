@@ -46,7 +46,7 @@ fn chains_go_over_and_come_back_across_the_wrap_of_the_index() {
             driver.publish().unwrap();
             assert!(device.take(&memory, &mut chain).unwrap());
             assert_eq!((chain.head, chain.readable_len, chain.writable_len), (head, 4, 0));
-            assert_eq!(chain.take_header::<4>().unwrap(), round.to_le_bytes());
+            assert_eq!(chain.take_bytes::<4>().unwrap(), round.to_le_bytes());
             device.push(head, 0).unwrap();
             device.publish().unwrap();
             assert_eq!(driver.reap().unwrap(), Some((head, 0)));
@@ -72,8 +72,8 @@ fn streams_ignore_where_descriptors_end() {
     driver.publish().unwrap();
     let mut chain = Chain::default();
     assert!(device.take(&memory, &mut chain).unwrap());
-    assert_eq!(&chain.take_header::<16>().unwrap(), b"0123456789abcdef");
-    assert_eq!((chain.readable_len, chain.readable.len()), (2, 1));
+    assert_eq!(&chain.take_bytes::<16>().unwrap(), b"0123456789abcdef");
+    assert_eq!((chain.readable_len, chain.readable().len()), (2, 1));
     assert!(matches!(chain.take_status(), Status::At(_)));
     assert_eq!((chain.writable_len, chain.fault), (4, None));
 }

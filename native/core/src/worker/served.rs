@@ -10,7 +10,7 @@ use crate::ring::{Broken, DeviceRing, RingLog};
 use crate::sys::eventfd;
 
 /// Chains given back before the driver sees them, while more are under way: one that looks for answers goes on early.
-const STEP: u16 = 4;
+const STEP: u32 = 4;
 
 /// How a worker learns of new chains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,7 +132,6 @@ impl Served {
         if let Err(broken) = self.ring.push(head, outcome.written) {
             self.break_ring(broken, events);
         }
-        self.stats.set(Counter::InFlight, u64::from(self.ring.in_flight()));
     }
 
     /// Lets go of a chain that was not answered.
@@ -170,6 +169,7 @@ impl Served {
         if !self.ring.has_news() {
             return;
         }
+        self.stats.set(Counter::InFlight, u64::from(self.ring.in_flight()));
         match self.ring.publish() {
             Ok(true) => self.notify(),
             Ok(false) => self.stats.add(Counter::NotificationsSuppressed, 1),
