@@ -9,7 +9,7 @@ NATIVE_SOURCES := $(shell find native \( -name target -o -name fuzz -o -name loo
 
 PYTHON_SOURCES := $(shell find src -name '*.py')
 
-.PHONY: all help demo build format lint test test-native restarts guest interop bench docs fuzz loom sanitize oracle mutants kills soak restart-costs survival-costs migration-costs instructions packages clean
+.PHONY: all help demo build format lint test test-native restarts guest interop bench docs fuzz loom sanitize oracle mutants kills soak drain restart-costs survival-costs migration-costs instructions packages clean
 .DELETE_ON_ERROR:
 
 all: format build lint test
@@ -34,6 +34,7 @@ help:
 	@echo 'make mutants      plants mistakes into the ring code; the oracle has to find each (half an hour)'
 	@echo 'make kills        kills back-ends at every step and KILLS (10000) times at random, and plants mistakes (half an hour)'
 	@echo 'make soak         SOAK_SECONDS (3600) of mixed load with kills, resets and resizes; memory must stay flat'
+	@echo 'make drain        two full rings drained by one worker and by two (a quiet machine)'
 	@echo 'make restart-costs  how long a start takes, and a disk is away at a restart and upgrade (minutes)'
 	@echo 'make survival-costs  what in-flight tracking and the sandbox cost, as ratios of one run (minutes, a quiet machine)'
 	@echo 'make migration-costs  what the dirty log costs, on and off, as ratios of one run (minutes, a quiet machine)'
@@ -175,6 +176,10 @@ survival-costs: build
 
 migration-costs: build
 	$(BIN)/python -m benchmarks.migration --json build/migration-costs.json
+
+# Two rings full of requests, drained by one worker and by two.
+drain: build build/bench-venv/.native
+	@$(BIN)/python -m benchmarks.drain --python build/bench-venv/bin/python
 
 # Both halves of a request in one thread, counted: the same build gives the same numbers on any machine of the same kind.
 instructions: .venv/.dev

@@ -46,7 +46,7 @@ def measure(offer: Offer, image: Path, directory: Path, *, rounds: int, idle_s: 
                     continue
                 with Target(str(server.socket), Load(PATTERNS["randread"], span=SPAN)) as target:
                     target.run(0.5)
-                    time.sleep(0.2)  # not part of idling: the end of a poll window, and what is done once afterwards
+                    time.sleep(2)  # not part of idling: the end of a poll window, and what is done once afterwards
                     before = process_cpu_s(server.pid)
                     time.sleep(idle_s)
                     after = process_cpu_s(server.pid)

@@ -8,6 +8,7 @@ a test that ran and did not pass loses its entry.
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Generator
 from pathlib import Path
 
@@ -21,6 +22,9 @@ outcomes = pytest.StashKey[dict[str, bool]]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[outcomes] = {}
+    # A shell that starts us in the background has it ignored, and so would every program that the tests interrupt.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)

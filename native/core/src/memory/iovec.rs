@@ -95,17 +95,6 @@ impl IoVec {
         }
     }
 
-    /// The same where what lies beside them is soon to be written: the peer's processor gives it up at once.
-    #[inline]
-    pub fn prefetch_to_write(&self) {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: a hint, which never faults; processors that do not know it do nothing.
-        unsafe {
-            use std::arch::x86_64::{_mm_prefetch, _MM_HINT_ET0};
-            _mm_prefetch(self.as_ptr().cast(), _MM_HINT_ET0);
-        }
-    }
-
     /// Copies bytes out, as many as fit into `into`; returns how many.
     #[inline]
     pub fn copy_to(&self, into: &mut [u8]) -> usize {

@@ -293,8 +293,7 @@ impl DeviceRing {
             let table = self.tables[usize::from(self.headers_fetched % TABLES_AHEAD)];
             if let Some([addr, rest]) = table.filter(|_| self.indirect).and_then(|table| table.words()) {
                 let header = memory.run(addr, u64::from(layout::Descriptor::from_words(addr, rest).len));
-                // Drivers mostly have the status byte beside it.
-                header.iter().for_each(IoVec::prefetch_to_write);
+                header.iter().for_each(IoVec::prefetch);
             }
             self.headers_fetched = self.headers_fetched.wrapping_add(1);
         }

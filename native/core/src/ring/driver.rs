@@ -332,8 +332,15 @@ pub(crate) fn write_table(segments: &[Segment], table: &GuestSlice) -> Result<()
     }
     for (at, segment) in segments.iter().enumerate() {
         let descriptor = segment.descriptor(at + 1 == segments.len(), at as u16 + 1);
-        table.store_u64(at * layout::DESC_SIZE, descriptor.addr)?;
-        table.store_u64(at * layout::DESC_SIZE + 8, descriptor.rest())?;
+        let place = at * layout::DESC_SIZE;
+        if table.is_aligned(8) {
+            table.store_u64(place, descriptor.addr)?;
+            table.store_u64(place + 8, descriptor.rest())?;
+        } else {
+            let mut entry = table.as_iovec();
+            entry.advance(place);
+            entry.copy_from(&descriptor.to_bytes());
+        }
     }
     Ok(())
 }

@@ -74,8 +74,9 @@ fn kicks(memory: &Arc<GuestMemory>, features: u64, count: u16) {
     guest.join().unwrap();
 }
 
-/// The device uses `count` chains one by one and calls when told to; the driver sleeps when it finds none.
-fn calls(memory: &Arc<GuestMemory>, features: u64, count: u16) {
+/// The device uses `count` chains one by one and calls when told to, `EARLY`: all but the last while more are to come; the
+/// driver sleeps when it finds none.
+fn calls<const EARLY: bool>(memory: &Arc<GuestMemory>, features: u64, count: u16) {
     let (mut driver, mut device) = pair(memory, features, 65535);
     let memory = Arc::clone(memory);
     for _ in 0..count {
@@ -89,7 +90,8 @@ fn calls(memory: &Arc<GuestMemory>, features: u64, count: u16) {
         for number in 0..count {
             assert!(device.take(&memory, &mut chain).unwrap());
             device.push(chain.head, u32::from(number) + 1).unwrap();
-            if device.publish().unwrap() {
+            let early = EARLY && number + 1 < count;
+            if if early { device.publish_early() } else { device.publish() }.unwrap() {
                 bell.signal();
             }
         }
@@ -125,7 +127,14 @@ fn loom_no_kick_is_lost() {
 #[test]
 fn loom_no_call_is_lost() {
     for features in [0, feature::EVENT_IDX] {
-        try_all(calls, features, 2, None);
+        try_all(calls::<false>, features, 2, None);
+    }
+}
+
+#[test]
+fn loom_no_call_is_lost_of_those_that_are_early() {
+    for features in [0, feature::EVENT_IDX] {
+        try_all(calls::<true>, features, 2, None);
     }
 }
 
@@ -144,11 +153,11 @@ fn loom_finds_a_driver_without_its_fence_leaving_the_device_asleep() {
 #[test]
 #[should_panic(expected = "deadlock")]
 fn loom_finds_a_device_without_its_fence_leaving_the_driver_asleep() {
-    try_all(calls, feature::EVENT_IDX, 2, Some("device.rs"));
+    try_all(calls::<false>, feature::EVENT_IDX, 2, Some("device.rs"));
 }
 
 #[test]
 #[should_panic(expected = "deadlock")]
 fn loom_finds_a_driver_without_its_fence_asleep_beside_an_answer() {
-    try_all(calls, 0, 2, Some("driver.rs"));
+    try_all(calls::<false>, 0, 2, Some("driver.rs"));
 }

@@ -16,6 +16,8 @@ use crate::sys::{eventfd, sigbus};
 
 /// Chains taken from one ring before the next one has its turn: an endless refill starves nobody.
 const BUDGET: usize = 128;
+/// Likewise the bytes that are moved at once: somebody may wait for the worker meanwhile.
+const BYTE_BUDGET: u64 = 4 << 20;
 /// Looks at the rings between two looks at the clock.
 const LOOKS: u32 = 16;
 /// How often a ring without a kick descriptor is looked at when nothing else happens.
@@ -188,6 +190,7 @@ impl<S: Serve> Worker<S> {
         if !served.runs() && !served.finishes() {
             return false;
         }
+        let mut moved = 0;
         for taken in 0..BUDGET {
             if !served.runs() && !served.finishes() || !self.serve.admits() {
                 return taken > 0;
@@ -208,12 +211,16 @@ impl<S: Serve> Worker<S> {
             let head = self.chain.head;
             match self.serve.begin(at as u16, served.features, &mut self.chain, &self.memory) {
                 Begun::Done(outcome) => {
+                    moved += outcome.bytes;
                     served.give_back(head, &outcome, &self.memory, &self.events);
                     served.publish_early(&self.events);
                 }
                 Begun::Pending => served.taken(head, self.now_ns),
             }
             step!("begun");
+            if moved > BYTE_BUDGET {
+                break;
+            }
         }
         true
     }

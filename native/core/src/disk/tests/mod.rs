@@ -4,6 +4,7 @@
 mod block;
 mod faults;
 mod files;
+mod inline;
 mod memory;
 mod transfers;
 mod waiting;
@@ -28,13 +29,17 @@ const SLACK: u64 = 64 << 10;
 struct Way {
     method: Method,
     direct: bool,
+    /// On this thread where that does not wait.
+    inline: bool,
 }
 
-const WAYS: [Way; 4] = [
-    Way { method: Method::IoUring, direct: false },
-    Way { method: Method::IoUring, direct: true },
-    Way { method: Method::Syscalls, direct: false },
-    Way { method: Method::Syscalls, direct: true },
+const WAYS: [Way; 6] = [
+    Way { method: Method::IoUring, direct: false, inline: false },
+    Way { method: Method::IoUring, direct: false, inline: true },
+    Way { method: Method::IoUring, direct: true, inline: true },
+    Way { method: Method::Syscalls, direct: false, inline: false },
+    Way { method: Method::Syscalls, direct: false, inline: true },
+    Way { method: Method::Syscalls, direct: true, inline: true },
 ];
 
 /// A file that is removed in the end.
@@ -80,7 +85,7 @@ impl Setup {
             memory_align: BLOCK,
             offset_align: BLOCK,
             block_device: false,
-            inline: false,
+            inline: way.inline,
         };
         let spec = match Spec::file(own.into(), options) {
             Ok(spec) => spec,
@@ -124,9 +129,14 @@ fn total(runs: &[IoVec]) -> u64 {
     runs.iter().map(|run| run.len() as u64).sum()
 }
 
-/// Carries out one operation, alone.
+/// Carries out one operation, alone, as a worker does: at once if that can be.
 fn run(engine: &mut impl Engine, operation: Operation) -> Completion {
     let (token, kind) = (operation.token, operation.kind);
+    let moves =
+        matches!(kind, Kind::Read | Kind::Write) && operation.len == total(&operation.runs) && operation.len > 0;
+    if moves && engine.move_now(kind, operation.offset, operation.durable, &operation.runs) {
+        return Completion::of(operation, Ok(()));
+    }
     let mut done = Vec::from_iter(engine.submit(operation));
     finish(engine, 1, &mut done);
     let completion = done.pop().unwrap();
