@@ -20,44 +20,53 @@ fn outcome(result: isize) -> Outcome {
     usize::try_from(result).map_err(|_| std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO))
 }
 
+/// What a system call returned. The C library's functions for them are points where a thread may be cancelled, which
+/// costs two atomic operations each; nobody cancels ours.
+#[inline]
+fn returned(result: libc::c_long) -> Outcome {
+    outcome(result as isize)
+}
+
 /// Reads at `offset` into at most [`MAX_RUNS`] runs.
 #[inline]
 pub fn read(fd: BorrowedFd<'_>, runs: &[IoVec], offset: u64) -> Outcome {
-    let (fd, offset) = (fd.as_raw_fd(), offset as i64);
+    let fd = fd.as_raw_fd();
     // The kernel takes a list apart at a price, so a list of one is no list.
-    outcome(match runs {
+    returned(match runs {
         // SAFETY: the bytes of a run are mapped; the kernel checks the rest.
-        [run] => unsafe { libc::pread(fd, run.as_ptr().cast(), run.len(), offset) },
-        // SAFETY: an `IoVec` is an `iovec`; else as above.
-        _ => unsafe { libc::preadv(fd, runs.as_ptr().cast(), runs.len() as i32, offset) },
+        [run] => unsafe { libc::syscall(libc::SYS_pread64, fd, run.as_ptr(), run.len(), offset) },
+        // SAFETY: an `IoVec` is an `iovec`; else as above. The offset is in one word where words have 64 bits.
+        _ => unsafe { libc::syscall(libc::SYS_preadv, fd, runs.as_ptr(), runs.len(), offset, 0) },
     })
 }
 
 /// Writes at most [`MAX_RUNS`] runs at `offset`; `durable`: returns once they are on stable storage.
 #[inline]
 pub fn write(fd: BorrowedFd<'_>, runs: &[IoVec], offset: u64, durable: bool) -> Outcome {
-    let (fd, offset) = (fd.as_raw_fd(), offset as i64);
+    let fd = fd.as_raw_fd();
     let flags = if durable { libc::RWF_DSYNC } else { 0 };
-    outcome(match runs {
+    returned(match runs {
         // SAFETY: as in `read`.
-        [run] if !durable => unsafe { libc::pwrite(fd, run.as_ptr().cast(), run.len(), offset) },
+        [run] if !durable => unsafe { libc::syscall(libc::SYS_pwrite64, fd, run.as_ptr(), run.len(), offset) },
         // SAFETY: as in `read`.
-        _ => unsafe { libc::pwritev2(fd, runs.as_ptr().cast(), runs.len() as i32, offset, flags) },
+        _ => unsafe { libc::syscall(libc::SYS_pwritev2, fd, runs.as_ptr(), runs.len(), offset, 0, flags) },
     })
 }
 
 /// `read`, but `EAGAIN` instead of waiting for storage: RWF_NOWAIT, `EOPNOTSUPP` where the file has none of it.
+#[inline]
 pub fn read_cached(fd: BorrowedFd<'_>, runs: &[IoVec], offset: u64) -> Outcome {
-    let (runs, count) = (runs.as_ptr().cast(), runs.len() as i32);
+    let (fd, list) = (fd.as_raw_fd(), runs.as_ptr());
     // SAFETY: as in `read`.
-    outcome(unsafe { libc::preadv2(fd.as_raw_fd(), runs, count, offset as i64, libc::RWF_NOWAIT) })
+    returned(unsafe { libc::syscall(libc::SYS_preadv2, fd, list, runs.len(), offset, 0, libc::RWF_NOWAIT) })
 }
 
 /// `write` into the page cache, likewise.
+#[inline]
 pub fn write_cached(fd: BorrowedFd<'_>, runs: &[IoVec], offset: u64) -> Outcome {
-    let (runs, count) = (runs.as_ptr().cast(), runs.len() as i32);
+    let (fd, list) = (fd.as_raw_fd(), runs.as_ptr());
     // SAFETY: as in `read`.
-    outcome(unsafe { libc::pwritev2(fd.as_raw_fd(), runs, count, offset as i64, libc::RWF_NOWAIT) })
+    returned(unsafe { libc::syscall(libc::SYS_pwritev2, fd, list, runs.len(), offset, 0, libc::RWF_NOWAIT) })
 }
 
 /// The magic number of the file system (`statfs`); 0 when it does not tell.
