@@ -362,9 +362,9 @@ impl DeviceRing {
         // The driver's wish is read after our index is visible: it stores its wish and then reads our index.
         fence(Ordering::SeqCst);
         step!("fenced");
-        let wanted = self.wants_notification()?;
+        let wanted = self.wants_notification();
         self.decided();
-        Ok(wanted)
+        wanted
     }
 
     /// Makes what was pushed visible while more is to come; `publish` follows. True when the driver is seen to want a
@@ -373,11 +373,14 @@ impl DeviceRing {
     #[inline]
     pub fn publish_early(&mut self) -> Result<bool, Broken> {
         self.show()?;
-        let wanted = self.undecided && self.wants_notification()?;
-        if wanted {
+        if !self.undecided {
+            return Ok(false);
+        }
+        let wanted = self.wants_notification();
+        if wanted != Ok(false) {
             self.decided();
         }
-        Ok(wanted)
+        wanted
     }
 
     /// Whether `publish` has something to do.

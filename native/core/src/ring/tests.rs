@@ -163,6 +163,23 @@ fn an_index_that_jumps_a_head_beyond_the_table_and_a_head_twice_break_the_ring()
 }
 
 #[test]
+fn what_was_not_decided_for_a_broken_ring_is_not_decided_later() {
+    for early in [false, true] {
+        let memory = memory();
+        let mut chain = Chain::default();
+        let (mut driver, mut device) = pair(&memory, 8, feature::NOTIFY_ON_EMPTY, 0);
+        driver.add(&[segment(BASE, 1, false)]).unwrap();
+        driver.publish().unwrap();
+        assert!(device.take(&memory, &mut chain).unwrap());
+        device.push(chain.head, 0).unwrap();
+        driver.areas().avail.store_u16(layout::IDX, 100).unwrap();
+        let outcome = if early { device.publish_early() } else { device.publish() };
+        assert_eq!(outcome, Err(Broken::AvailJump { index: 1, seen: 100 }));
+        assert_eq!(device.publish(), Ok(false), "a call for nothing");
+    }
+}
+
+#[test]
 fn a_chain_with_a_bad_buffer_still_says_where_its_status_goes() {
     let memory = memory();
     let good = segment(BASE + 0x30_0000, 16, true);
