@@ -6,14 +6,14 @@ mod host;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use host::{header, memfd, pipe, range, Host, FEATURES, GUEST, LEN, LIMIT, SECTORS};
 use vhostuser_core::disk::{Faults, Spec};
 use vhostuser_core::memory::{GuestMemory, GuestSlice, RegionSpec};
 use vhostuser_core::ring::{feature, layout, Segment};
 use vhostuser_core::sys::eventfd;
-use vhostuser_core::worker::{EventKind, Notifiers, QueueError, StopMode};
+use vhostuser_core::worker::{EventKind, Notifiers, QueueError, StopMode, COUNTERS};
 
 fn memory_disk() -> Spec {
     Spec::memory(SECTORS * 512).unwrap()
@@ -232,6 +232,30 @@ fn a_request_made_before_the_start_is_served_without_a_kick() {
     driver.ring.publish().unwrap();
     host.start(0, 4, FEATURES, 0, &driver);
     assert_eq!(driver.reap().1, 1);
+}
+
+#[test]
+fn nothing_is_in_flight_once_all_is_answered() {
+    // Storage that has them for a moment, and gives all of them back at once.
+    let faults = Faults { delay_read: Duration::from_nanos(1), ..Faults::default() };
+    let in_flight = COUNTERS.iter().find(|(name, _)| *name == "in_flight").unwrap().1;
+    for features in [feature::VERSION_1, FEATURES] {
+        let mut host = Host::new(&memory_disk().with_faults(faults).unwrap(), 1, 1);
+        let mut driver = host.unstarted(0, 16, features);
+        for _ in 0..4 {
+            driver.send(&host, &header(0, 0), 512);
+        }
+        host.start(0, 16, features, 0, &driver);
+        for _ in 0..4 {
+            driver.reap();
+        }
+        // The worker says so right after the driver has seen it.
+        let deadline = Instant::now() + LIMIT;
+        while host.queues.stats()[0].get(in_flight) > 0 {
+            assert!(Instant::now() < deadline, "{} are still in flight", host.queues.stats()[0].get(in_flight));
+            std::thread::yield_now();
+        }
+    }
 }
 
 #[test]

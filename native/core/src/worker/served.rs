@@ -166,10 +166,11 @@ impl Served {
     /// Makes what was given back visible and notifies the driver if it wants to be.
     #[inline]
     pub(super) fn publish(&mut self, events: &Events) {
+        // All may have been shown, and the driver notified, already.
+        self.stats.set(Counter::InFlight, u64::from(self.ring.in_flight()));
         if !self.ring.has_news() {
             return;
         }
-        self.stats.set(Counter::InFlight, u64::from(self.ring.in_flight()));
         match self.ring.publish() {
             Ok(true) => self.notify(),
             Ok(false) => self.stats.add(Counter::NotificationsSuppressed, 1),
