@@ -325,9 +325,9 @@ impl DriverRing {
     }
 }
 
-/// Writes a chain into an indirect table. Fails when it has no room for it.
+/// Writes a chain into an indirect table. Fails when it has no room for it, or the chain is longer than one can be.
 pub(crate) fn write_table(segments: &[Segment], table: &GuestSlice) -> Result<(), DriverError> {
-    if table.len() < segments.len() * layout::DESC_SIZE {
+    if table.len() < segments.len() * layout::DESC_SIZE || segments.len() > usize::from(u16::MAX) {
         return Err(DriverError::Chain);
     }
     for (at, segment) in segments.iter().enumerate() {
