@@ -120,6 +120,12 @@ impl FileEngine {
     }
 }
 
+impl Drop for FileEngine {
+    fn drop(&mut self) {
+        self.inline.ends(&self.target);
+    }
+}
+
 impl Engine for FileEngine {
     fn inline(&self) -> bool {
         false
@@ -193,7 +199,7 @@ impl Engine for FileEngine {
     }
 
     fn wait(&mut self, timeout: Option<Duration>, ready: &mut Vec<u32>) -> io::Result<()> {
-        self.inline.sleeps();
+        self.inline.sleeps(&self.target);
         if let Some(pool) = &mut self.pool {
             pool.kick();
         }

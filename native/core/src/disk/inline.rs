@@ -6,6 +6,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 
+use super::mapped::{Copier, Mapped};
 use super::transfer::Target;
 use super::Kind;
 use crate::memory::IoVec;
@@ -48,21 +49,25 @@ pub(super) struct Ways {
     writes: Way,
     /// Writes that touch a part of a page are made elsewhere.
     whole_pages: bool,
+    /// What needs no system call.
+    pub(super) mapped: Mapped,
 }
 
 impl Ways {
     /// Not at all.
-    pub(super) const NONE: Self = Self { reads: Way::Never, writes: Way::Never, whole_pages: false };
+    pub(super) const NONE: Self =
+        Self { reads: Way::Never, writes: Way::Never, whole_pages: false, mapped: Mapped::Nothing };
 
     /// What the file system of `fd` suggests. The first call shows whether it has RWF_NOWAIT.
     pub(super) fn of(fd: BorrowedFd<'_>) -> Self {
         match storage::file_system(fd) {
             // The page cache is all there is; only what was swapped out, or a limit on memory, makes one wait.
-            TMPFS | RAMFS => Self { reads: Way::Guarded, writes: Way::Guarded, whole_pages: false },
+            TMPFS => Self { reads: Way::Guarded, writes: Way::Guarded, whole_pages: false, mapped: Mapped::Whole },
+            RAMFS => Self { reads: Way::Guarded, writes: Way::Guarded, whole_pages: false, mapped: Mapped::Nothing },
             // Buffered writes have no RWF_NOWAIT there. They wait for a commit of the journal, for memory, and when
             // too much is dirty.
-            EXT4 => Self { reads: Way::Asked, writes: Way::Guarded, whole_pages: true },
-            _ => Self { reads: Way::Asked, writes: Way::Asked, whole_pages: true },
+            EXT4 => Self { reads: Way::Asked, writes: Way::Guarded, whole_pages: true, mapped: Mapped::Cached },
+            _ => Self { reads: Way::Asked, writes: Way::Asked, whole_pages: true, mapped: Mapped::Nothing },
         }
     }
 }
@@ -122,6 +127,9 @@ impl Guard {
 pub(super) struct Inline {
     ways: Ways,
     guard: Guard,
+    copier: Copier,
+    /// The time of this batch.
+    now_ns: u64,
     /// Reads in a row that found too little in memory, and how many of those that come are not tried.
     misses: u32,
     skipped: u32,
@@ -129,7 +137,14 @@ pub(super) struct Inline {
 
 impl Inline {
     pub(super) fn new(target: &Target) -> Self {
-        Self { ways: target.ways, guard: Guard::default(), misses: 0, skipped: 0 }
+        Self {
+            ways: target.ways,
+            guard: Guard::default(),
+            copier: Copier::new(target),
+            now_ns: now_ns(),
+            misses: 0,
+            skipped: 0,
+        }
     }
 
     /// See [`super::Engine::move_now`].
@@ -146,6 +161,9 @@ impl Inline {
         if len > MAX_LEN || offset.checked_add(len as u64).is_none_or(|end| end > i64::MAX as u64) {
             return false;
         }
+        if target.map.is_some() && self.guard.admits() && self.copy(target, kind, offset, runs, len) {
+            return true;
+        }
         match (way, kind) {
             (Way::Asked, Kind::Read) => self.read_cached(target, offset, runs, len),
             (_, Kind::Read) => self.guard.admits() && storage::read(target.fd.as_fd(), runs, offset) == Ok(len),
@@ -155,6 +173,14 @@ impl Inline {
                 Self::learn(&mut self.ways.writes, outcome) == Ok(len)
             }
             _ => self.guard.admits() && storage::write(target.fd.as_fd(), runs, offset, false) == Ok(len),
+        }
+    }
+
+    #[inline]
+    fn copy(&mut self, target: &Target, kind: Kind, offset: u64, runs: &[IoVec], len: usize) -> bool {
+        match kind {
+            Kind::Read => self.copier.read(target, self.now_ns, offset, runs, len),
+            _ => self.copier.write(target, self.now_ns, offset, runs, len),
         }
     }
 
@@ -182,10 +208,17 @@ impl Inline {
     #[inline]
     pub(super) fn tick(&mut self, now_ns: u64) {
         self.guard.tick(now_ns);
+        self.now_ns = now_ns;
+    }
+
+    /// The worker ends.
+    pub(super) fn ends(&mut self, target: &Target) {
+        self.copier.ends(target);
     }
 
     /// The worker is about to sleep.
-    pub(super) fn sleeps(&mut self) {
+    pub(super) fn sleeps(&mut self, target: &Target) {
+        self.copier.rests(target);
         if self.guard.used {
             self.guard.tick(now_ns());
         }

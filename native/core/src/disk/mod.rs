@@ -7,6 +7,7 @@
 mod file;
 mod inject;
 mod inline;
+mod mapped;
 mod memory;
 mod null;
 mod pool;

@@ -147,10 +147,10 @@ impl Spec {
             Storage::File { target, method, uring: true } => match FileEngine::new(Arc::clone(target)) {
                 Ok(engine) => AnyEngine::File(Box::new(engine)),
                 // It worked when it was tried; what is short now (memory, a limit) is no reason not to serve.
-                Err(_) if *method == Method::Auto => AnyEngine::Sync(SyncEngine::new(Arc::clone(target))?),
+                Err(_) if *method == Method::Auto => AnyEngine::Sync(Box::new(SyncEngine::new(Arc::clone(target))?)),
                 Err(error) => return Err(error),
             },
-            Storage::File { target, .. } => AnyEngine::Sync(SyncEngine::new(Arc::clone(target))?),
+            Storage::File { target, .. } => AnyEngine::Sync(Box::new(SyncEngine::new(Arc::clone(target))?)),
             Storage::Memory(disk) => AnyEngine::Memory(MemoryEngine::new(Arc::clone(disk))),
             Storage::Null => AnyEngine::Null(NullEngine::default()),
         };
@@ -170,7 +170,7 @@ pub enum AnyEngine {
     /// A file through io_uring.
     File(Box<FileEngine>),
     /// A file by plain system calls.
-    Sync(SyncEngine),
+    Sync(Box<SyncEngine>),
     /// Memory of this process.
     Memory(MemoryEngine),
     /// Nothing.

@@ -35,6 +35,12 @@ impl SyncEngine {
     }
 }
 
+impl Drop for SyncEngine {
+    fn drop(&mut self) {
+        self.inline.ends(&self.target);
+    }
+}
+
 impl Engine for SyncEngine {
     fn inline(&self) -> bool {
         false
@@ -86,7 +92,7 @@ impl Engine for SyncEngine {
     }
 
     fn wait(&mut self, timeout: Option<Duration>, ready: &mut Vec<u32>) -> io::Result<()> {
-        self.inline.sleeps();
+        self.inline.sleeps(&self.target);
         self.pool.kick();
         self.polls.wait(timeout, ready)
     }

@@ -9,9 +9,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::inline::Ways;
+use super::mapped::Mapped;
 use super::{Completion, Kind, Operation};
 use crate::memory::IoVec;
 use crate::sys::buffer::{copy, no_bytes, zeroes, AlignedBuffer};
+use crate::sys::file_map::FileMap;
 use crate::sys::storage::{Outcome, MAX_RUNS};
 
 /// Bytes of one step: a multiple of any alignment, and below the 2 GiB at which the kernel cuts.
@@ -44,6 +46,8 @@ pub(super) struct Target {
     pub(super) direct: Option<Alignment>,
     /// How it is read and written without waiting.
     pub(super) ways: Ways,
+    /// Its bytes, where they can be had without system calls.
+    pub(super) map: Option<FileMap>,
     no_punch: AtomicBool,
     no_zero_range: AtomicBool,
     no_block_zero: AtomicBool,
@@ -52,8 +56,10 @@ pub(super) struct Target {
 impl Target {
     pub(super) fn new(fd: OwnedFd, block_device: bool, direct: Option<Alignment>, inline: bool) -> Self {
         let ways = if inline && direct.is_none() { Ways::of(fd.as_fd()) } else { Ways::NONE };
+        let map = if ways.mapped == Mapped::Nothing { None } else { FileMap::new(fd.as_fd()).ok() };
         Self {
             ways,
+            map,
             fd,
             block_device,
             direct,

@@ -59,7 +59,7 @@ impl Mapping {
         }
         // SAFETY: not MAP_FAILED, and the kernel maps nothing at 0 unasked.
         let base = unsafe { NonNull::new_unchecked(base.cast::<u8>()) };
-        match sigbus::Registration::new(base.as_ptr() as usize, mapped) {
+        match sigbus::Registration::new(base.as_ptr() as usize, mapped, mapped) {
             Ok(guard) => Ok(Arc::new(Self {
                 base,
                 mapped,

@@ -3,6 +3,7 @@ pub mod anon;
 pub mod buffer;
 pub mod eventfd;
 pub mod fd;
+pub mod file_map;
 pub mod memfd;
 pub mod poll;
 #[cfg(feature = "steps")]

@@ -1,27 +1,39 @@
-//! A peer that truncates its memory file must cost its own device only.
+//! A file that is taken away while it is mapped must cost only who uses it.
 //!
-//! Touching a page beyond the end of a mapped file raises SIGBUS. The handler looks the address up
-//! in a table of our mappings; a hit replaces the *whole* mapping by zero pages, marks it poisoned
-//! and lets the access go on. Anything else goes to the handler that was there before. The handler
-//! reads atomics and makes one system call: it takes no lock and allocates nothing.
+//! Touching a page beyond the end of a mapped file raises SIGBUS, and so does one that cannot be read, or for which there
+//! is no room. The handler looks the address up in a table of our mappings; a hit marks the mapping poisoned, puts zero
+//! pages in the place of all of it or of a piece, and lets the access go on. Anything else goes to the handler that was
+//! there before. The handler reads atomics and makes one system call: it takes no lock and allocates nothing.
 #![allow(unsafe_code)]
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, Once, OnceLock};
 
-/// Mappings of peers' memory that one process can have: sixteen devices with 509 regions each.
+/// Mappings that one process can have: sixteen devices with 509 regions of a peer's memory each, and their images.
 const SLOTS: usize = 8192;
 
 #[derive(Debug)]
 struct Slot {
     base: AtomicUsize,
     len: AtomicUsize,
+    /// Bytes that are replaced at once, a part of `len`.
+    piece: AtomicUsize,
     poisoned: AtomicBool,
 }
 
-static TABLE: [Slot; SLOTS] =
-    [const { Slot { base: AtomicUsize::new(0), len: AtomicUsize::new(0), poisoned: AtomicBool::new(false) } }; SLOTS];
+impl Slot {
+    const fn new() -> Self {
+        Self {
+            base: AtomicUsize::new(0),
+            len: AtomicUsize::new(0),
+            piece: AtomicUsize::new(0),
+            poisoned: AtomicBool::new(false),
+        }
+    }
+}
+
+static TABLE: [Slot; SLOTS] = [const { Slot::new() }; SLOTS];
 /// Slots from here on were never used.
 static TOP: AtomicUsize = AtomicUsize::new(0);
 static FREE: Mutex<Vec<usize>> = Mutex::new(Vec::new());
@@ -40,8 +52,11 @@ pub fn poisonings() -> u64 {
 pub struct Registration(usize);
 
 impl Registration {
-    /// Enters `len` bytes at `base`; installs the handler the first time.
-    pub fn new(base: usize, len: usize) -> io::Result<Self> {
+    /// Enters `len` bytes at `base`, both whole pages; installs the handler the first time.
+    ///
+    /// `piece`: how many bytes around the missing one are replaced, `len` or a number of pages that it is a multiple of. All
+    /// of a mapping that is of no use any more; a small part of one that is so long that its replacement could fail.
+    pub fn new(base: usize, len: usize, piece: usize) -> io::Result<Self> {
         install()?;
         let mut free = FREE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let slot = match free.pop() {
@@ -51,6 +66,7 @@ impl Registration {
         };
         TABLE[slot].poisoned.store(false, Ordering::Relaxed);
         TABLE[slot].len.store(len, Ordering::Relaxed);
+        TABLE[slot].piece.store(piece, Ordering::Relaxed);
         TABLE[slot].base.store(base, Ordering::Release);
         Ok(Self(slot))
     }
@@ -60,9 +76,10 @@ impl Registration {
         &TABLE[self.0].poisoned
     }
 
-    /// Replaces the pages, as the handler would.
+    /// Replaces the first piece, as the handler would: all pages of a mapping in one piece.
     pub fn poison(&self) {
-        poison(&TABLE[self.0]);
+        let slot = &TABLE[self.0];
+        poison(slot, slot.base.load(Ordering::Acquire));
     }
 
     /// Takes the mapping out of the table, before it is unmapped. Done once, by its owner.
@@ -72,25 +89,33 @@ impl Registration {
     }
 }
 
-fn poison(slot: &Slot) {
+/// Puts zero pages where `address` is. False when the system has none.
+fn poison(slot: &Slot, address: usize) -> bool {
     let (base, len) = (slot.base.load(Ordering::Acquire), slot.len.load(Ordering::Relaxed));
-    // Only the first one replaces the pages: a second replacement would wipe what was written since.
-    // A thread that faults meanwhile faults again until the pages are there.
-    if slot.poisoned.swap(true, Ordering::AcqRel) {
-        return;
+    let piece = slot.piece.load(Ordering::Relaxed);
+    let first = !slot.poisoned.swap(true, Ordering::AcqRel);
+    // Of a mapping in one piece only the first one replaces the pages: a second replacement would wipe what was written
+    // since. A thread that faults meanwhile faults again until the pages are there. Otherwise nobody cares for what is
+    // written once the mapping is poisoned.
+    if !first && piece == len {
+        return true;
     }
-    // SAFETY: replaces exactly the pages of a registered mapping, which its owner keeps until `release`.
-    unsafe {
+    let at = address - (address - base) % piece;
+    // SAFETY: replaces pages of a registered mapping only, which its owner keeps until `release`.
+    let replaced = unsafe {
         libc::mmap(
-            base as *mut libc::c_void,
-            len,
+            at as *mut libc::c_void,
+            piece,
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
             -1,
             0,
-        );
+        )
+    };
+    if first {
+        POISONINGS.fetch_add(1, Ordering::AcqRel);
     }
-    POISONINGS.fetch_add(1, Ordering::AcqRel);
+    replaced != libc::MAP_FAILED
 }
 
 fn install() -> io::Result<()> {
@@ -122,8 +147,7 @@ extern "C" fn on_sigbus(signal: libc::c_int, info: *mut libc::siginfo_t, context
     for slot in &TABLE[..TOP.load(Ordering::Acquire).min(SLOTS)] {
         let base = slot.base.load(Ordering::Acquire);
         if base != 0 && address.wrapping_sub(base) < slot.len.load(Ordering::Relaxed) {
-            poison(slot);
-            hit = true;
+            hit = poison(slot, address);
             break;
         }
     }

@@ -80,6 +80,18 @@ pub fn file_system(fd: BorrowedFd<'_>) -> i64 {
     }
 }
 
+/// How long a regular file is, in bytes.
+pub fn size(fd: BorrowedFd<'_>) -> Option<u64> {
+    u64::try_from(super::fd::stat(fd.as_raw_fd()).ok()?.st_size).ok()
+}
+
+/// Says that the file was changed just now. A refusal is of no consequence.
+pub fn touch(fd: BorrowedFd<'_>) {
+    let times = [libc::UTIME_OMIT, libc::UTIME_NOW].map(|tv_nsec| libc::timespec { tv_sec: 0, tv_nsec });
+    // SAFETY: two times; without a name the descriptor itself is meant.
+    unsafe { libc::syscall(libc::SYS_utimensat, fd.as_raw_fd(), std::ptr::null::<libc::c_char>(), times.as_ptr(), 0) };
+}
+
 /// Brings the data of everything written to stable storage.
 pub fn sync(fd: BorrowedFd<'_>) -> Outcome {
     // SAFETY: a descriptor and nothing else.

@@ -80,7 +80,7 @@ fn nothing_is_moved_past_the_page_cache_or_where_it_is_switched_off() {
 }
 
 #[allow(unsafe_code)]
-fn forget_cached(file: &File) {
+pub(in crate::disk) fn forget_cached(file: &File) {
     use std::os::fd::AsRawFd;
     // SAFETY: a descriptor and numbers.
     assert_eq!(unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) }, 0);

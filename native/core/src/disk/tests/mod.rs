@@ -14,6 +14,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+pub(super) use self::inline::forget_cached;
 use super::{AnyEngine, Completion, Engine, FileOptions, Kind, Method, Operation, Spec};
 use crate::memory::IoVec;
 use crate::sys::buffer::AlignedBuffer;

@@ -82,6 +82,7 @@ pub(super) const ALWAYS: &[c_long] = &[
     libc::SYS_munmap,
     libc::SYS_mremap,
     libc::SYS_madvise,
+    libc::SYS_mincore,
     libc::SYS_brk,
     // Threads and signals of our own; `clone`, `kill` and `tgkill` have conditions.
     libc::SYS_set_robust_list,
@@ -143,6 +144,8 @@ pub(super) const SOMETIMES: &[(c_long, &[Condition])] = &[
     (libc::SYS_prctl, &[OneOf(0, &[libc::PR_SET_NAME as u32, libc::PR_GET_NAME as u32, libc::PR_SET_VMA as u32])]),
     // Sending nowhere else than to the peer.
     (libc::SYS_sendto, &[Null(4)]),
+    // The times of an open file, and of no other.
+    (libc::SYS_utimensat, &[Null(1)]),
     // Asking for our own limits.
     (libc::SYS_prlimit64, &[OneOf(0, &[0]), Null(2)]),
 ];

@@ -200,6 +200,8 @@ fn limits_are_asked_for_and_not_changed() {
     assert_eq!(answer(libc::SYS_prlimit64, [0, 7, 0, 4096, 0, 0]), ALLOW);
     assert_eq!(answer(libc::SYS_prlimit64, [0, 7, 4096, 0, 0, 0]), REFUSE);
     assert_eq!(answer(libc::SYS_prlimit64, [1, 7, 0, 4096, 0, 0]), REFUSE);
+    assert_eq!(answer(libc::SYS_utimensat, [3, 0, 4096, 0, 0, 0]), ALLOW);
+    assert_eq!(answer(libc::SYS_utimensat, [libc::AT_FDCWD as u64, 4096, 4096, 0, 0, 0]), REFUSE, "a file by its name");
 }
 
 #[test]
