@@ -8,10 +8,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vhostuser_core::blk::{BlkServe, BlkShared, Limits};
-use vhostuser_core::disk::{Faults, FileOptions, Method, Spec};
+use vhostuser_core::disk::{AnyEngine, Engine, Faults, FileOptions, Kind, Method, Spec};
 use vhostuser_core::memory::inflight::Format;
 use vhostuser_core::memory::{GuestMemory, InflightRegion, RegionSpec};
 use vhostuser_core::ring::RingSetup;
+use vhostuser_core::sys::buffer::AlignedBuffer;
 use vhostuser_core::sys::{eventfd, fd, process};
 use vhostuser_core::worker::{Events, Notifiers, Queues};
 
@@ -45,7 +46,13 @@ pub(crate) fn serve(words: &Words) -> Result<std::convert::Infallible, String> {
     let events = Arc::new(Events::new().map_err(|error| error.to_string())?);
     let make = {
         let events = Arc::clone(&events);
-        move |_, waker| Ok(BlkServe::new(Arc::clone(&shared), spec.build()?, Arc::clone(&events), waker))
+        move |_, waker| {
+            let mut engine = spec.build()?;
+            if shape.storage == Storage::Mapped {
+                warm_up(&mut engine)?;
+            }
+            Ok(BlkServe::new(Arc::clone(&shared), engine, Arc::clone(&events), waker))
+        }
     };
     let mut queues = Queues::new(shape.queues, shape.queues, Duration::ZERO, Arc::clone(&events), make)
         .map_err(|error| format!("the workers do not start: {error}"))?;
@@ -106,9 +113,18 @@ fn open(path: &str, shape: Shape, fence: bool) -> Result<Spec, String> {
         memory_align: align,
         offset_align: align,
         block_device: false,
-        inline: shape.storage == Storage::Inline,
+        inline: matches!(shape.storage, Storage::Inline | Storage::Mapped),
     };
     Spec::file(file.into(), options).map_err(say)
+}
+
+/// Reads until the engine copies without system calls.
+fn warm_up(engine: &mut AnyEngine) -> std::io::Result<()> {
+    let room = AlignedBuffer::new(4096, 4096)?;
+    for _ in 0..256 {
+        engine.move_now(Kind::Read, 0, false, &[room.run(0, 4096)]);
+    }
+    Ok(())
 }
 
 fn with_delay(spec: Spec, shape: Shape, seed: u64) -> std::io::Result<Spec> {

@@ -30,6 +30,8 @@ pub(crate) enum Storage {
     Syscalls,
     /// A file by io_uring, but by the worker itself where that does not wait.
     Inline,
+    /// Likewise, and by copies without system calls from the first request on, if the file is in memory.
+    Mapped,
 }
 
 impl Display for Storage {
@@ -39,6 +41,7 @@ impl Display for Storage {
             Self::Direct => "direct",
             Self::Syscalls => "syscalls",
             Self::Inline => "inline",
+            Self::Mapped => "mapped",
         })
     }
 }
@@ -47,7 +50,7 @@ impl FromStr for Storage {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        [Self::IoUring, Self::Direct, Self::Syscalls, Self::Inline]
+        [Self::IoUring, Self::Direct, Self::Syscalls, Self::Inline, Self::Mapped]
             .into_iter()
             .find(|storage| storage.to_string() == text)
             .ok_or_else(|| format!("there is no storage {text}"))

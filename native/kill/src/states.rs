@@ -70,6 +70,7 @@ pub(crate) fn states() -> Vec<State> {
         State { name: "2 queues", shape: Shape { queues: 2, indirect: true, ..shape }, depth: 20, ..state },
         State { name: "syscalls", shape: Shape { storage: Storage::Syscalls, ..shape }, depth: 14, ..state },
         State { name: "inline", shape: Shape { storage: Storage::Inline, ..shape }, depth: 14, ..state },
+        State { name: "mapped", shape: Shape { storage: Storage::Mapped, ..shape }, depth: 14, ..state },
         State { name: "direct", shape: Shape { storage: Storage::Direct, ..shape }, depth: 14, ..state },
         State {
             name: "again",
