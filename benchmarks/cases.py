@@ -39,6 +39,8 @@ class Case:
     queues: int = 1
     flush_every: int = 0
     sleeping: bool = False
+    large: bool = False
+    """The page cache holds large pieces of the file instead of such as the load itself would have brought there."""
 
     @property
     def name(self) -> str:
@@ -46,6 +48,7 @@ class Case:
         words = [self.pattern, f"{self.block_size // 1024}k", f"d{self.depth}"]
         words += [f"flush{self.flush_every}"] * bool(self.flush_every)
         words += [f"q{self.queues}"] * (self.queues > 1) + ["sleeping"] * self.sleeping
+        words += ["large"] * self.large
         return f"{self.place}/{'-'.join(words)}"
 
     @property
@@ -54,6 +57,7 @@ class Case:
         words = f"{self.block_size // 1024} KiB {WORDS[self.pattern]}, {self.depth} at a time"
         words += f", flush after {self.flush_every}" * bool(self.flush_every)
         words += f", {self.queues} queues" * (self.queues > 1) + ", client sleeps" * self.sleeping
+        words += ", cached in large pieces" * self.large
         return f"{PLACES[self.place]}: {words}"
 
     @property
@@ -69,22 +73,29 @@ class Case:
 
 def _cached(place: str) -> list[Case]:
     small = [Case(place, pattern, depth) for pattern in ("randread", "randwrite") for depth in (1, 8, 32, 128)]
+    asleep = [("randread", 1, 1), ("randread", 32, 1), ("randwrite", 1, 1), ("randread", 32, 2)]
     large = [Case(place, pattern, 8, block_size=131072) for pattern in ("read", "write")]
-    return [*small, *large, Case(place, "randwrite", 32, flush_every=32)]
+    return [
+        *small,
+        Case(place, "randwrite", 32, flush_every=32),
+        # Two threads that look all the time would share the client's one processor by turns of the scheduler's length.
+        *(Case(place, pattern, depth, queues=queues, sleeping=True) for pattern, depth, queues in asleep),
+        *large,
+    ]
 
 
 CASES: Final[Sequence[Case]] = (
     *_cached("tmpfs"),
-    Case("tmpfs", "randread", 1, sleeping=True),
-    Case("tmpfs", "randread", 32, sleeping=True),
-    # Two threads that look all the time would share the client's one processor by turns of the scheduler's length.
-    Case("tmpfs", "randread", 32, queues=2, sleeping=True),
     *_cached("ext4"),
+    *(Case("ext4", "randwrite", depth, large=True) for depth in (1, 32)),
     *(Case("direct", pattern, depth) for pattern in ("randread", "randwrite") for depth in (1, 32)),
     *(Case("null", "randread", depth) for depth in (1, 32, 128)),
     *(Case("memory", pattern, depth) for pattern in ("randread", "randwrite") for depth in (1, 32)),
 )
 """Cached ones before those around the cache, which empty it."""
+
+CACHED: Final = frozenset(case.name for case in CASES if case.place in ("tmpfs", "ext4"))
+"""The names of those of files in the page cache, where a back-end decides how fast a disk is, and no device does."""
 
 QEMU_IMG_DEPTHS: Final = (1, 8, 64)
 OTHERS: Final = (*(f"qemu-img/read-4k-d{depth}" for depth in QEMU_IMG_DEPTHS), "guest/read-4k-d1", "footprint")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from math import exp, log
 from statistics import median
 
-from benchmarks.cases import CASES, OTHERS
+from benchmarks.cases import CACHED, CASES, OTHERS
 
 from vhostuser.bench.compare import Interval, median_interval
 
@@ -103,6 +103,11 @@ def summary(outcomes: Sequence[Outcome], to: str) -> Summary | None:
         return None
     worst = min(ratios, key=ratios.__getitem__)
     return Summary(geometric_mean(list(ratios.values())), len(ratios), ratios[worst], worst)
+
+
+def cached(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Those of files in the page cache."""
+    return [outcome for outcome in outcomes if outcome.name in CACHED]
 
 
 def merged(reports: Sequence[Report]) -> Report:

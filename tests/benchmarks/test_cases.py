@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.cases import CASES, OTHERS, Case, chosen, select
+from benchmarks.cases import CACHED, CASES, OTHERS, Case, chosen, select
 
 
 def test_every_test_has_a_name_of_its_own() -> None:
@@ -14,6 +14,12 @@ def test_every_test_has_a_name_of_its_own() -> None:
 def test_a_name_says_the_load() -> None:
     case = Case("tmpfs", "randwrite", 32, queues=2, flush_every=32, sleeping=True)
     assert case.name == "tmpfs/randwrite-4k-d32-flush32-q2-sleeping"
+
+
+def test_files_in_the_page_cache_are_all_that_is_neither_memory_nor_a_device() -> None:
+    others = {case.name for case in CASES} - CACHED
+    assert {name.split("/")[0] for name in CACHED} == {"tmpfs", "ext4"}
+    assert {name.split("/")[0] for name in others} == {"direct", "null", "memory"}
 
 
 def test_without_patterns_all_are_chosen() -> None:

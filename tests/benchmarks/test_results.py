@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from benchmarks.results import BARE, OURS, PEER, Figure, Outcome, Report, Sample, geometric_mean, merged, summary
+from benchmarks.results import (
+    BARE,
+    OURS,
+    PEER,
+    Figure,
+    Outcome,
+    Report,
+    Sample,
+    cached,
+    geometric_mean,
+    merged,
+    summary,
+)
 
 
 def outcome(name: str, ours: list[float], peer: list[float], **more: list[float]) -> Outcome:
@@ -45,6 +57,12 @@ def test_the_summary_names_the_worst_test() -> None:
     assert (found.count, found.least, found.least_name) == (2, 0.25, "B")
     assert found.mean == pytest.approx(1.0)
     assert summary([outcome("c", [1.0], [])], PEER) is None
+
+
+def test_files_in_the_page_cache_have_a_mean_of_their_own() -> None:
+    names = ["tmpfs/randread-4k-d1", "direct/randread-4k-d1", "ext4/randwrite-4k-d1-large", "guest/read-4k-d1"]
+    found = cached([outcome(name, [1.0], [1.0]) for name in names])
+    assert [one.name for one in found] == [names[0], names[2]]
 
 
 def test_of_a_test_that_was_run_twice_the_last_counts() -> None:
