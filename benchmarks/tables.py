@@ -66,13 +66,13 @@ def report_tables(report: Report) -> RenderableType:
 
 
 def summary_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
-    """For each of those that we are compared with: a sentence about the files in the page cache, one about all tests."""
+    """For each of those that we are compared with: a sentence about files in the page cache, one about all tests."""
     for server, name in AGAINST.items():
         for kind, some in (("of files in the page cache", cached(outcomes)), ("in all", outcomes)):
             if found := summary(some, server):
                 yield (
-                    f"requests per second, ours to {name}: geometric mean {found.mean:.2f} of {found.count} tests {kind}, "
-                    f"smallest {found.least:.2f} ({found.least_name})"
+                    f"requests per second, ours to {name}: geometric mean {found.mean:.2f} of "
+                    f"{found.count} tests {kind}, smallest {found.least:.2f} ({found.least_name})"
                 )
 
 

@@ -113,6 +113,7 @@ impl Play<'_> {
                 assert!(chain.head < self.size);
                 self.check(&mut chain);
                 assert!(self.taken.insert(chain.head, chain).is_none(), "a head twice");
+                assert!((0..4).any(|_| self.ring.upcoming(&self.guest.memory).is_none()), "no end of what comes");
             }
             Ok(false) | Err(_) => assert_eq!((self.ring.base(), self.ring.in_flight()), (base, in_flight)),
         }

@@ -148,6 +148,13 @@ pub fn parse(chain: &mut Chain, limits: &Limits, features: u64, ranges: &mut Vec
     Parsed::Answerable { request, kind, status }
 }
 
+/// Where a request with this header would read or write, for who prepares for it; nothing is checked but that it is there.
+#[inline]
+pub(super) fn expected([first, sector]: [u64; 2], limits: &Limits) -> Option<u64> {
+    let moves = matches!(first as u32, T_IN | T_OUT);
+    (moves && sector < limits.num_sectors).then_some(sector * SECTOR)
+}
+
 #[inline]
 fn read_header(chain: &mut Chain, limits: &Limits, features: u64, ranges: &mut Vec<Range>) -> (Request, RequestType) {
     if chain.fault.is_some() {

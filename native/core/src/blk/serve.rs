@@ -312,6 +312,17 @@ impl Serve for BlkServe {
         self.refused = false;
     }
 
+    fn wants_hints(&self) -> bool {
+        self.engine.wants_hints()
+    }
+
+    #[inline]
+    fn hint(&mut self, header: [u64; 2]) {
+        if let Some(offset) = request::expected(header, &self.limits) {
+            self.engine.hint(offset);
+        }
+    }
+
     #[inline]
     fn admits(&mut self) -> bool {
         if !self.limited {

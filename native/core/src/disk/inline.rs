@@ -211,6 +211,12 @@ impl Inline {
         self.now_ns = now_ns;
     }
 
+    /// See [`super::Engine::hint`].
+    #[inline]
+    pub(super) fn hint(&self, target: &Target, offset: u64) {
+        self.copier.hint(target, self.now_ns, offset);
+    }
+
     /// The worker ends.
     pub(super) fn ends(&mut self, target: &Target) {
         self.copier.ends(target);

@@ -92,6 +92,17 @@ impl Copier {
         map.write(offset, runs)
     }
 
+    /// Has the processor fetch what is soon copied, if it is.
+    #[inline]
+    pub(super) fn hint(&self, target: &Target, now_ns: u64, offset: u64) {
+        let Some(map) = &target.map else { return };
+        let number = offset >> WINDOW_BITS;
+        let window = &self.windows[number as usize % REMEMBERED];
+        if window.number == number && now_ns < window.until_ns {
+            map.prefetch(offset);
+        }
+    }
+
     /// The worker is about to sleep.
     #[inline]
     pub(super) fn rests(&mut self, target: &Target) {

@@ -110,6 +110,15 @@ impl Engine for MemoryEngine {
         }
     }
 
+    fn wants_hints(&self) -> bool {
+        true
+    }
+
+    #[inline]
+    fn hint(&mut self, offset: u64) {
+        self.disk.bytes.prefetch(offset);
+    }
+
     #[inline]
     fn submit(&mut self, operation: Operation) -> Option<Completion> {
         let result = self.disk.run(&operation).map_err(|BeyondEnd| libc::EIO);

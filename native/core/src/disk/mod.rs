@@ -103,6 +103,14 @@ pub trait Engine: Send {
     /// part of it twice.
     fn move_now(&mut self, kind: Kind, offset: u64, durable: bool, runs: &[IoVec]) -> bool;
 
+    /// Whether it makes use of `hint`.
+    fn wants_hints(&self) -> bool {
+        false
+    }
+
+    /// Soon something is read or written at `offset`. Only a hint, and maybe wrong.
+    fn hint(&mut self, _offset: u64) {}
+
     /// What time it is, in nanoseconds on the workers' clock: told before each batch. For who wants to know how long
     /// the last one took.
     fn tick(&mut self, _now_ns: u64) {}

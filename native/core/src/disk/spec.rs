@@ -201,6 +201,15 @@ impl Engine for AnyEngine {
         each!(self, engine => engine.move_now(kind, offset, durable, runs))
     }
 
+    fn wants_hints(&self) -> bool {
+        each!(self, engine => engine.wants_hints())
+    }
+
+    #[inline]
+    fn hint(&mut self, offset: u64) {
+        each!(self, engine => engine.hint(offset));
+    }
+
     #[inline]
     fn tick(&mut self, now_ns: u64) {
         each!(self, engine => engine.tick(now_ns));

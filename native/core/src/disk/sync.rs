@@ -51,6 +51,15 @@ impl Engine for SyncEngine {
         self.inline.move_now(&self.target, kind, offset, durable, runs)
     }
 
+    fn wants_hints(&self) -> bool {
+        self.target.map.is_some()
+    }
+
+    #[inline]
+    fn hint(&mut self, offset: u64) {
+        self.inline.hint(&self.target, offset);
+    }
+
     fn tick(&mut self, now_ns: u64) {
         self.inline.tick(now_ns);
     }

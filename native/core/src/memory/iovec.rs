@@ -84,7 +84,7 @@ impl IoVec {
         }
     }
 
-    /// Has the processor fetch the first bytes, soon to be read.
+    /// Has the processor fetch the first line, soon to be used.
     #[inline]
     pub fn prefetch(&self) {
         #[cfg(target_arch = "x86_64")]

@@ -3,9 +3,10 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use super::ahead::{self, Ahead};
 use super::{feature, index, layout, Areas, Broken, Chain, RingSetup, SetupError};
 use crate::memory::inflight::Left;
-use crate::memory::{BeyondLog, DirtyLog, GuestMemory, InflightQueue, IoVec};
+use crate::memory::{BeyondLog, DirtyLog, GuestMemory, InflightQueue};
 use crate::sys::sync::{fence, Ordering};
 
 /// What a ring keeps of its in-flight region.
@@ -29,10 +30,6 @@ pub struct RingLog {
     pub used: Option<u64>,
 }
 
-/// How far the tables of chains are fetched ahead, and their headers, which only the tables tell of.
-const TABLES_AHEAD: u16 = 8;
-const HEADERS_AHEAD: u16 = 4;
-
 /// A started ring, seen from the device. Owned by one worker.
 ///
 /// `push` writes used entries that `publish` then makes visible at once, so that a batch costs one
@@ -43,11 +40,7 @@ pub struct DeviceRing {
     setup: RingSetup,
     next_avail: u16,
     seen_avail: u16,
-    /// Up to here the processor was asked to fetch what chains are made of; never behind `next_avail`.
-    tables_fetched: u16,
-    headers_fetched: u16,
-    /// What the descriptors of these chains point to, by index; only used to fetch ahead.
-    tables: [Option<IoVec>; TABLES_AHEAD as usize],
+    ahead: Ahead,
     /// Where the next used entry goes; runs ahead of what was published.
     next_used: u16,
     published: u16,
@@ -79,9 +72,7 @@ impl DeviceRing {
             taken: vec![0; usize::from(setup.size).div_ceil(64)],
             next_avail: setup.base,
             seen_avail: setup.base,
-            tables_fetched: setup.base,
-            headers_fetched: setup.base,
-            tables: [None; TABLES_AHEAD as usize],
+            ahead: Ahead::of(setup.base, setup.features & feature::INDIRECT_DESC != 0),
             next_used: used,
             published: used,
             unpublished: 0,
@@ -112,7 +103,7 @@ impl DeviceRing {
             Left::Heads(heads) => {
                 self.next_avail = self.published.wrapping_add(heads.len() as u16);
                 self.seen_avail = self.next_avail;
-                (self.tables_fetched, self.headers_fetched) = (self.next_avail, self.next_avail);
+                self.ahead = Ahead::of(self.next_avail, self.indirect);
                 (heads.into(), true)
             }
         };
@@ -190,7 +181,7 @@ impl DeviceRing {
     pub fn relocate(&mut self, memory: &GuestMemory) -> Result<(), SetupError> {
         self.areas = Areas::find(&self.setup, memory)?;
         // What was fetched ahead lies in the memory from before.
-        (self.tables_fetched, self.headers_fetched) = (self.next_avail, self.next_avail);
+        self.ahead = Ahead::of(self.next_avail, self.indirect);
         Ok(())
     }
 
@@ -269,13 +260,11 @@ impl DeviceRing {
         Ok(head)
     }
 
-    /// Has the processor fetch the tables and headers of chains that are taken soon. The driver's processor has them, and
-    /// each takes as long to come as a whole request takes otherwise. What is read here is only a hint: it is read
-    /// again, and checked, when its chain is taken.
+    /// Has the processor fetch what the next chains are made of.
     #[inline]
     fn fetch_ahead(&mut self, memory: &GuestMemory) {
         let mut seen = index::ahead(self.seen_avail, self.next_avail);
-        if seen < TABLES_AHEAD {
+        if seen < ahead::TABLES {
             // Soon it is needed anyway. A jump shows when nothing is left to take.
             let now = self.areas.avail.load_u16(layout::IDX).unwrap_or(self.seen_avail);
             if index::ahead(now, self.next_avail) <= self.areas.size {
@@ -283,27 +272,14 @@ impl DeviceRing {
                 seen = index::ahead(now, self.next_avail);
             }
         }
-        while index::ahead(self.tables_fetched, self.next_avail) < seen.min(TABLES_AHEAD) {
-            let table = self.buffer_at(self.tables_fetched, memory);
-            table.iter().for_each(IoVec::prefetch);
-            self.tables[usize::from(self.tables_fetched % TABLES_AHEAD)] = table;
-            self.tables_fetched = self.tables_fetched.wrapping_add(1);
-        }
-        while index::ahead(self.headers_fetched, self.next_avail) < seen.min(HEADERS_AHEAD) {
-            let table = self.tables[usize::from(self.headers_fetched % TABLES_AHEAD)];
-            if let Some([addr, rest]) = table.filter(|_| self.indirect).and_then(|table| table.words()) {
-                let header = memory.run(addr, u64::from(layout::Descriptor::from_words(addr, rest).len));
-                header.iter().for_each(IoVec::prefetch);
-            }
-            self.headers_fetched = self.headers_fetched.wrapping_add(1);
-        }
+        self.ahead.fetch(self.next_avail, seen, &self.areas, memory);
     }
 
-    /// Where the first descriptor of the chain at an available index points to.
+    /// The first 16 bytes of a chain that is taken soon, each chain once; None when nothing more is known. Only a hint:
+    /// its driver may still change them.
     #[inline]
-    fn buffer_at(&self, at: u16, memory: &GuestMemory) -> Option<IoVec> {
-        let descriptor = self.areas.descriptor(self.head(at).ok()?).ok()?;
-        memory.run(descriptor.addr, u64::from(descriptor.len))
+    pub fn upcoming(&mut self, memory: &GuestMemory) -> Option<[u64; 2]> {
+        self.ahead.tell(self.next_avail, memory)
     }
 
     #[inline]

@@ -3,6 +3,7 @@
 //! `layout` and `index` are functions of their arguments; `split` reads and writes the three areas of
 //! a ring in guest memory; `device` takes chains and gives them back; `driver` makes them.
 
+mod ahead;
 mod chain;
 mod device;
 mod driver;

@@ -320,3 +320,59 @@ fn a_ring_that_cannot_be_is_not_started() {
         assert!(DeviceRing::new(setup, &memory).is_err(), "{setup:?}");
     }
 }
+
+#[test]
+fn what_comes_is_told_once_each_and_before_it_is_taken() {
+    let memory = memory();
+    for features in [0, feature::INDIRECT_DESC] {
+        let (mut driver, mut device) = pair(&memory, 16, features, 65534);
+        let mut chain = Chain::default();
+        for number in 0..6u64 {
+            let at = BASE + 0x30_0000 + 64 * number;
+            memory.write(at, &[number.to_le_bytes(), (100 + number).to_le_bytes()].concat()).unwrap();
+            let segments = [segment(at, 16, false), segment(at + 16, 1, true)];
+            let head = driver.add(&segments).unwrap();
+            if features != 0 {
+                let table = BASE + 0x38_0000 + 64 * number;
+                let first = driver.areas().descriptor(head).unwrap();
+                let second = driver.areas().descriptor(first.next).unwrap();
+                let second = Descriptor { next: 0, ..second };
+                memory.write(table, &[Descriptor { next: 1, ..first }.to_bytes(), second.to_bytes()].concat()).unwrap();
+                let whole = Descriptor { addr: table, len: 32, flags: F_INDIRECT, next: 0 };
+                driver.areas().set_descriptor(head, whole).unwrap();
+            }
+        }
+        driver.publish().unwrap();
+        let mut told = Vec::new();
+        for taken in 0..6 {
+            assert!(device.take(&memory, &mut chain).unwrap());
+            told.extend(std::iter::from_fn(|| device.upcoming(&memory)));
+            assert_eq!(told.len(), [2, 3, 4, 5, 5, 5][taken], "chain {taken}");
+        }
+        assert_eq!(told, (1..6).map(|number| [number, 100 + number]).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn what_comes_may_be_anything() {
+    let memory = memory();
+    let (mut driver, mut device) = pair(&memory, 8, feature::INDIRECT_DESC, 0);
+    let mut chain = Chain::default();
+    let heads: Vec<_> = (0..8).map(|_| driver.add(&[segment(BASE + 0x30_0000, 16, false)]).unwrap()).collect();
+    let bad = [
+        Descriptor { addr: 0, len: 32, flags: F_INDIRECT, next: 0 },
+        Descriptor { addr: u64::MAX, len: u32::MAX, flags: F_INDIRECT, next: 0 },
+        Descriptor { addr: BASE + LEN - 8, len: 8, flags: F_INDIRECT, next: 0 },
+        Descriptor { addr: BASE + LEN - 8, len: 8, flags: 0, next: 0 },
+        Descriptor { addr: u64::MAX - 15, len: 16, flags: 0, next: 0 },
+    ];
+    for (head, descriptor) in heads[2..].iter().zip(bad) {
+        driver.areas().set_descriptor(*head, descriptor).unwrap();
+    }
+    driver.areas().avail.store_u16(layout::avail_entry(7), u16::MAX).unwrap();
+    driver.publish().unwrap();
+    for _ in 0..2 {
+        assert!(device.take(&memory, &mut chain).unwrap());
+        assert_eq!(device.upcoming(&memory), None);
+    }
+}

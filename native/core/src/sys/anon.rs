@@ -88,6 +88,15 @@ impl Anon {
         Ok(())
     }
 
+    /// Has the processor fetch the first line at `offset`, soon to be read or written.
+    #[inline]
+    pub fn prefetch(&self, offset: u64) {
+        if let Ok(at) = self.at(offset, 1) {
+            // SAFETY: usable, and not used longer than here.
+            unsafe { IoVec::from_raw_parts(at, 1) }.prefetch();
+        }
+    }
+
     /// Writes zeroes; no page is given back.
     pub fn zero(&self, offset: u64, len: u64) -> Result<(), BeyondEnd> {
         let at = self.at(offset, len)?;

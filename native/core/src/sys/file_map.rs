@@ -108,6 +108,18 @@ impl FileMap {
         })
     }
 
+    /// Has the processor fetch the first line at `offset`, soon to be read or written.
+    #[inline]
+    pub fn prefetch(&self, offset: u64) {
+        match usize::try_from(offset) {
+            // SAFETY: within the mapping, and not used longer than here.
+            Ok(offset) if offset < self.len => {
+                unsafe { IoVec::from_raw_parts(self.base.as_ptr().add(offset), 1) }.prefetch()
+            }
+            _ => {}
+        }
+    }
+
     #[inline]
     fn copy(&self, offset: u64, runs: &[IoVec], copy: impl Fn(*mut u8, *mut u8, usize)) -> bool {
         let Ok(mut offset) = usize::try_from(offset) else { return false };

@@ -102,6 +102,14 @@ pub trait Serve {
     /// `now_ns`: the time on the workers' clock, as of some moment since the last one ended.
     fn start_batch(&mut self, now_ns: u64);
 
+    /// Whether it makes use of `hint`.
+    fn wants_hints(&self) -> bool {
+        false
+    }
+
+    /// Told of the first bytes of a chain that begins soon, which its driver may still change.
+    fn hint(&mut self, _header: [u64; 2]) {}
+
     /// Starts work on a chain. `ring` is the worker's number for it, `features` what its driver negotiated.
     fn begin(&mut self, ring: u16, features: u64, chain: &mut Chain, memory: &Arc<GuestMemory>) -> Begun;
 

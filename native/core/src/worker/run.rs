@@ -40,6 +40,8 @@ pub(super) struct Worker<S> {
     /// The time as of the last busy pass, look-out or sleep.
     now_ns: u64,
     poisonings: u64,
+    /// Whether somebody wants to know what comes.
+    hints: bool,
     memory_lost: bool,
     leaving: bool,
     /// Somebody waits for a ring to stop.
@@ -66,6 +68,7 @@ impl<S: Serve> Worker<S> {
             polling: Polling::new(poll),
             now_ns: now_ns(),
             poisonings: sigbus::poisonings(),
+            hints: false,
             memory_lost: false,
             leaving: false,
             stopping: false,
@@ -82,6 +85,7 @@ impl<S: Serve> Worker<S> {
         use std::os::fd::AsRawFd;
         let wake = self.mailbox.wake.as_raw_fd();
         self.serve.engine().watch(wake, MAILBOX)?;
+        self.hints = self.serve.wants_hints();
         loop {
             let busy = self.round()?;
             if self.leaving && self.serve.pending() == 0 {
@@ -206,6 +210,11 @@ impl<S: Serve> Worker<S> {
             if taken == 0 {
                 if let Err(broken) = served.ring.suppress_kicks() {
                     served.break_ring(broken, &self.events);
+                }
+            }
+            if self.hints {
+                while let Some(header) = served.ring.upcoming(&self.memory) {
+                    self.serve.hint(header);
                 }
             }
             let head = self.chain.head;
