@@ -19,7 +19,7 @@ const WINDOW: u64 = 1 << WINDOW_BITS;
 const REMEMBERED: usize = 4096;
 /// Pages that are moved in a window before the kernel is asked about it, for the first time or again: what the question
 /// costs has to be worth it.
-const PROOF: u32 = 64;
+const PROOF: u32 = 32;
 /// So many times as many after each answer that was no.
 const MOST_DOUBLINGS: u32 = 6;
 /// How long an answer is believed.
@@ -263,7 +263,7 @@ mod tests {
     #[test]
     fn long_requests_count_as_many() {
         let Some(mut setup) = Setup::in_memory("long") else { return };
-        assert!(!setup.read(0, 0, 63 * PAGE));
+        assert!(!setup.read(0, 0, (PROOF as usize - 1) * PAGE));
         assert!(setup.read(0, 0, 512));
     }
 

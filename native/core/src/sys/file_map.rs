@@ -111,12 +111,10 @@ impl FileMap {
     /// Has the processor fetch the first line at `offset`, soon to be read or written.
     #[inline]
     pub fn prefetch(&self, offset: u64) {
-        match usize::try_from(offset) {
+        let Ok(offset) = usize::try_from(offset) else { return };
+        if offset < self.len {
             // SAFETY: within the mapping, and not used longer than here.
-            Ok(offset) if offset < self.len => {
-                unsafe { IoVec::from_raw_parts(self.base.as_ptr().add(offset), 1) }.prefetch()
-            }
-            _ => {}
+            unsafe { IoVec::from_raw_parts(self.base.as_ptr().add(offset), 1) }.prefetch();
         }
     }
 

@@ -16,7 +16,7 @@ use super::served::{Kicks, LogState, Served, StopMode, Stopping};
 use super::{Events, QueueStats, Reply, Serve};
 use crate::memory::{DirtyLog, GuestMemory, InflightRegion};
 use crate::ring::{feature, layout, DeviceRing, RingSetup, SetupError};
-use crate::sys::eventfd::{classify, FdKind};
+use crate::sys::eventfd::{classify, FdKind, PeerEvent};
 use crate::sys::thread;
 
 #[cfg(feature = "count")]
@@ -99,7 +99,8 @@ impl WorkerHandle {
     /// Waits for an answer of this worker.
     ///
     /// It sleeps nowhere but at its wait point, with one exception: a peer that fills its own eventfd between our look
-    /// at it and our write has the write wait for as long as it likes. Who waits here ends that.
+    /// at it and our write, or that changes its mind about whether writes to it wait, has the write wait for as long as it
+    /// likes. Who waits here ends that.
     fn wait<T>(&self, receiver: &Receiver<T>, deadline: Instant) -> Result<T, QueueError> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -336,7 +337,7 @@ impl Queues {
             stopping: None,
             impatient: false,
             kick,
-            call,
+            call: call.map(PeerEvent::new),
             err,
             kicks: Kicks::Polled,
             in_flight: stats.restart(setup.size),

@@ -12,7 +12,8 @@ use super::{Begun, EventKind, Events, Finished, Reply, Serve};
 use crate::disk::Engine;
 use crate::memory::{DirtyLog, GuestMemory};
 use crate::ring::{Broken, Chain};
-use crate::sys::{eventfd, sigbus};
+use crate::sys::eventfd::{self, PeerEvent};
+use crate::sys::sigbus;
 
 /// Chains taken from one ring before the next one has its turn: an endless refill starves nobody.
 const BUDGET: usize = 128;
@@ -282,7 +283,7 @@ impl<S: Serve> Worker<S> {
                 }
                 Command::Call(at, call) => {
                     if let Some(served) = &mut self.rings[usize::from(at)] {
-                        served.call = call;
+                        served.call = call.map(PeerEvent::new);
                         // What the old descriptor was told may not have arrived.
                         served.notify();
                     }

@@ -7,7 +7,7 @@ use super::stats::{Counter, QueueStats};
 use super::{EventKind, Events, InFlight, Outcome, Reply, RingFacts};
 use crate::memory::{DirtyLog, GuestMemory};
 use crate::ring::{Broken, DeviceRing, RingLog};
-use crate::sys::eventfd;
+use crate::sys::eventfd::{self, PeerEvent};
 
 /// Chains given back before the driver sees them, while more are under way: one that looks for answers goes on early.
 const STEP: u32 = 4;
@@ -64,7 +64,7 @@ pub(super) struct Served {
     /// Whoever waits for the stop has waited long enough for chains that storage failed.
     pub(super) impatient: bool,
     pub(super) kick: Option<OwnedFd>,
-    pub(super) call: Option<OwnedFd>,
+    pub(super) call: Option<PeerEvent>,
     pub(super) err: Option<OwnedFd>,
     pub(super) kicks: Kicks,
     /// VHOST_VRING_F_LOG: under which guest address the used ring is noted in the dirty log.
@@ -182,7 +182,7 @@ impl Served {
     pub(super) fn notify(&self) {
         let Some(call) = &self.call else { return };
         // A full descriptor has been signalled already; a closed pipe has nobody behind it.
-        let _ = eventfd::signal(call.as_fd());
+        let _ = call.signal();
         step!("notified");
         self.stats.add(Counter::NotificationsSent, 1);
     }
