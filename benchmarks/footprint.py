@@ -1,7 +1,8 @@
 """What a back-end costs beside its requests: start-up, processor time while idle, memory. Touches: /proc, a connection.
 
 Memory is the resident memory of the process (Rss in /proc/PID/smaps, of every mapping) less that of the mappings of the
-guest's memory, which the client made with memfd_create(2).
+guest's memory, which the client made with memfd_create(2), and of the image: those pages are the page cache's, and there
+whoever maps them. How much of the image is mapped is told beside it.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ CASE = Case("tmpfs", "randread", 1)
 FIRST_LINE = re.compile(r"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \S+ *(.*)$")
 
 
-def resident_without_guest(smaps: str) -> int:
-    """Bytes of ``smaps`` that are resident, those of memory files left out."""
-    total, counted = 0, True
+def resident(smaps: str, image: str) -> tuple[int, int]:
+    """Bytes of ``smaps`` that are resident: those of neither memory files nor the image, and those of the image."""
+    own, of_image, name = 0, 0, ""
     for line in smaps.splitlines():
         if found := FIRST_LINE.match(line):
-            counted = not found[1].startswith("/memfd:")
-        elif line.startswith("Rss:") and counted:
-            total += int(line.split()[1]) * 1024
-    return total
+            name = found[1]
+        elif line.startswith("Rss:") and name == image:
+            of_image += int(line.split()[1]) * 1024
+        elif line.startswith("Rss:") and not name.startswith("/memfd:"):
+            own += int(line.split()[1]) * 1024
+    return own, of_image
 
 
 def measure(offer: Offer, image: Path, directory: Path, *, rounds: int, idle_s: float) -> list[Figure]:
@@ -38,6 +41,7 @@ def measure(offer: Offer, image: Path, directory: Path, *, rounds: int, idle_s: 
     starts: dict[str, list[float]] = {name: [] for name in names}
     idle: dict[str, list[float]] = {name: [] for name in names}
     memory: dict[str, list[float]] = {name: [] for name in names}
+    mapped: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
         for name in names:
             with offer.serve(name, CASE, image, directory) as server:
@@ -53,9 +57,12 @@ def measure(offer: Offer, image: Path, directory: Path, *, rounds: int, idle_s: 
                     if before is None or after is None:
                         raise Failed(f"{name}: its processor time is not known")
                     idle[name].append((after - before) * 1e6 / idle_s)
-                    memory[name].append(resident_without_guest(Path(f"/proc/{server.pid}/smaps").read_text()) / 2**20)
+                    own, of_image = resident(Path(f"/proc/{server.pid}/smaps").read_text(), str(image))
+                    memory[name].append(own / 2**20)
+                    mapped[name].append(of_image / 2**20)
     return [
         Figure("start-up", "exec to listening", "ms", starts),
         Figure("idle", "processor time of an idle, connected disk", "µs/s", idle),
-        Figure("memory", "resident memory besides the guest's", "MiB", memory),
+        Figure("memory", "resident memory besides the guest's and the image's", "MiB", memory),
+        Figure("mapped", "pages of the image, those of the page cache, that are mapped", "MiB", mapped),
     ]

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 from benchmarks.charts import extent, ratio_chart
 from benchmarks.clients import sample_of
-from benchmarks.footprint import resident_without_guest
+from benchmarks.footprint import resident
 from benchmarks.guests import seconds_of
 from benchmarks.report import page
 from benchmarks.results import BARE, OURS, PEER, Figure, Outcome, Report, Sample
@@ -70,7 +70,9 @@ def test_the_memory_of_the_guest_is_left_out() -> None:
         "7f1000000000-7f1000001000 r-xp 00000000 00:01 8   /usr/lib/x.so\nRss:   8 kB\nPss: 4 kB\n"
         "7f2000000000-7f2000001000 rw-p 00000000 00:00 0 \nRss:   4 kB\n"
     )
-    assert resident_without_guest(smaps) == 12 * 1024
+    assert resident(smaps, "/images/disk.img") == (12 * 1024, 0)
+    smaps += "7f3000000000-7f3000200000 rw-s 00000000 00:1b 7   /images/disk.img\nRss:   2048 kB\n"
+    assert resident(smaps, "/images/disk.img") == (12 * 1024, 2 << 20)
 
 
 def test_dd_says_how_long_it_took() -> None:

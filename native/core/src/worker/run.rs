@@ -118,6 +118,11 @@ impl<S: Serve> Worker<S> {
         false
     }
 
+    /// What it takes for the time in the next round.
+    pub(super) fn set_time(&mut self, now_ns: u64) {
+        self.now_ns = now_ns;
+    }
+
     /// Commands, rings and storage once. True when there was anything for a ring.
     #[inline]
     pub(super) fn round(&mut self) -> std::io::Result<bool> {

@@ -10,12 +10,16 @@ use crate::memory::GuestMemory;
 use crate::ring::RingSetup;
 use crate::worker::mailbox::{Command, Mailbox};
 use crate::worker::run::Worker;
-use crate::worker::{Events, Reply, Serve};
+use crate::worker::{now_ns, Events, Reply, Serve};
+
+const STEP_NS: u64 = 1000;
 
 /// A worker that runs when it is told to, on the caller's thread, over one ring.
 pub struct Stepper<S> {
     queues: Queues,
     worker: Worker<S>,
+    /// What the worker takes for the time: a microsecond a step, so that what depends on it is the same in every run.
+    now_ns: u64,
 }
 
 impl<S: Serve> Stepper<S> {
@@ -35,7 +39,7 @@ impl<S: Serve> Stepper<S> {
         queues.memory = memory;
         let (_, ended) = sync_channel(1);
         queues.workers.push(WorkerHandle { mailbox, thread: None, ended });
-        Ok(Self { queues, worker })
+        Ok(Self { queues, worker, now_ns: now_ns() })
     }
 
     /// Starts the ring. The worker takes its first chains in the second step after that.
@@ -45,6 +49,8 @@ impl<S: Serve> Stepper<S> {
 
     /// What a worker does between two looks at whether it should rest. True when there was anything for the ring.
     pub fn step(&mut self) -> io::Result<bool> {
+        self.now_ns += STEP_NS;
+        self.worker.set_time(self.now_ns);
         self.worker.round()
     }
 }
