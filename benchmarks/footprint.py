@@ -1,8 +1,8 @@
 """What a back-end costs beside its requests: start-up, processor time while idle, memory. Touches: /proc, a connection.
 
 Memory is the resident memory of the process (Rss in /proc/PID/smaps, of every mapping) less that of the mappings of the
-guest's memory, which the client made with memfd_create(2), and of the image: those pages are the page cache's, and there
-whoever maps them. How much of the image is mapped is told beside it.
+guest's memory, which the client made with memfd_create(2), and of the image: those pages are the page cache's, whoever
+maps them. How much of the image is mapped is told beside it.
 """
 
 from __future__ import annotations
