@@ -81,7 +81,7 @@ impl Copier {
     #[inline]
     pub(super) fn write(&mut self, target: &Target, now_ns: u64, offset: u64, runs: &[IoVec], len: usize) -> bool {
         let Some(map) = &target.map else { return false };
-        if target.ways.mapped != Mapped::Whole || !map.writable() || now_ns >= self.touched_ns + TOUCHED_NS {
+        if target.ways.mapped != Mapped::Whole || now_ns >= self.touched_ns + TOUCHED_NS {
             self.touched_ns = now_ns;
             return false;
         }
@@ -312,6 +312,15 @@ mod tests {
         std::thread::sleep(std::time::Duration::from_millis(20));
         setup.copier.rests(&setup.target);
         assert_eq!(changed(&setup), after, "nothing was written since");
+    }
+
+    #[test]
+    fn a_file_that_may_only_be_read_is_not_written() {
+        let Some(mut setup) = Setup::in_memory("reader") else { return };
+        setup.target = Target::new(File::open(&setup.path).unwrap().into(), false, None, true);
+        setup.open(0, 0);
+        assert!(!setup.write(0, 0, PAGE) && !setup.write(1, 0, PAGE));
+        assert!(setup.read(1, 0, PAGE));
     }
 
     #[test]

@@ -56,7 +56,10 @@ pub(super) struct Target {
 impl Target {
     pub(super) fn new(fd: OwnedFd, block_device: bool, direct: Option<Alignment>, inline: bool) -> Self {
         let ways = if inline && direct.is_none() { Ways::of(fd.as_fd()) } else { Ways::NONE };
-        let map = if ways.mapped == Mapped::Nothing { None } else { FileMap::new(fd.as_fd()).ok() };
+        let map = match ways.mapped {
+            Mapped::Nothing => None,
+            mapped => FileMap::new(fd.as_fd(), mapped == Mapped::Whole).ok(),
+        };
         Self {
             ways,
             map,

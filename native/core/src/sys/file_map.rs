@@ -34,12 +34,12 @@ unsafe impl Send for FileMap {}
 unsafe impl Sync for FileMap {}
 
 impl FileMap {
-    /// Maps the file behind `fd`, readable, and writable if `fd` is.
+    /// Maps the file behind `fd`, readable, and with `writable` writable, too, if `fd` is.
     ///
     /// Fails as `mmap` does, with `EINVAL` for what is no regular file, and with `EACCES` where the kernel would not tell what
     /// of it is in memory: that is for who may write the file. Nothing is read, and nothing is locked into
     /// memory, whatever the process has asked for (`mlockall`).
-    pub fn new(fd: BorrowedFd<'_>) -> io::Result<Self> {
+    pub fn new(fd: BorrowedFd<'_>, writable: bool) -> io::Result<Self> {
         let stat = fd::stat(fd.as_raw_fd())?;
         if stat.st_mode & libc::S_IFMT != libc::S_IFREG {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
@@ -49,7 +49,7 @@ impl FileMap {
         let whole = size.max(1).checked_next_multiple_of(PIECE).ok_or(io::ErrorKind::OutOfMemory)?;
         // SAFETY: asks for flags.
         let flags = fd::check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) })?;
-        let writable = flags & libc::O_ACCMODE == libc::O_RDWR;
+        let writable = writable && flags & libc::O_ACCMODE == libc::O_RDWR;
         // Without room (RLIMIT_AS) what the file grows by is not in the mapping.
         let (base, len) = match map(fd, whole.saturating_mul(4).max(ROOM)) {
             Ok(mapped) => mapped,
@@ -76,11 +76,6 @@ impl FileMap {
         Ok(map)
     }
 
-    /// Whether it can be written to.
-    pub fn writable(&self) -> bool {
-        self.protection & libc::PROT_WRITE != 0
-    }
-
     /// Whether a page was missing once.
     #[inline]
     pub fn lost(&self) -> bool {
@@ -98,11 +93,12 @@ impl FileMap {
         })
     }
 
-    /// Copies the bytes of `runs` to `offset` on; likewise. Only for a mapping of a writable descriptor, and not beyond
-    /// the end of the file, where bytes of its last page get lost.
+    /// Copies the bytes of `runs` to `offset` on; likewise, and false where `fd` was not writable. Not for beyond the end of
+    /// the file: bytes in its last page get lost there.
     #[inline]
     pub fn write(&self, offset: u64, runs: &[IoVec]) -> bool {
-        self.copy(offset, runs, |file, memory, len| {
+        let writable = self.protection & libc::PROT_WRITE != 0;
+        writable && self.copy(offset, runs, |file, memory, len| {
             // SAFETY: `copy` checked the target, the run promises the source; any overlap is allowed.
             unsafe { std::ptr::copy(memory.cast_const(), file, len) }
         })

@@ -119,6 +119,7 @@ impl<S: Serve> Worker<S> {
     }
 
     /// What it takes for the time in the next round.
+    #[cfg(feature = "count")]
     pub(super) fn set_time(&mut self, now_ns: u64) {
         self.now_ns = now_ns;
     }
