@@ -98,10 +98,11 @@ impl FileMap {
     #[inline]
     pub fn write(&self, offset: u64, runs: &[IoVec]) -> bool {
         let writable = self.protection & libc::PROT_WRITE != 0;
-        writable && self.copy(offset, runs, |file, memory, len| {
-            // SAFETY: `copy` checked the target, the run promises the source; any overlap is allowed.
-            unsafe { std::ptr::copy(memory.cast_const(), file, len) }
-        })
+        writable
+            && self.copy(offset, runs, |file, memory, len| {
+                // SAFETY: `copy` checked the target, the run promises the source; any overlap is allowed.
+                unsafe { std::ptr::copy(memory.cast_const(), file, len) }
+            })
     }
 
     /// Has the processor fetch the first line at `offset`, soon to be read or written.
