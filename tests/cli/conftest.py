@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,17 @@ def run() -> Run:
         )
 
     return runner
+
+
+@contextmanager
+def file_system_in_memory(where: Path, size: str) -> Iterator[Path]:
+    """A directory with room for ``size`` only. Skips the test where nobody may mount."""
+    if os.geteuid() != 0:
+        pytest.skip("a file system that fills up has to be mounted: only root may")
+    where.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(where)], check=True)
+    yield where
+    subprocess.run(["umount", "--lazy", str(where)], check=True)
 
 
 class Serving:

@@ -15,7 +15,7 @@ import pytest
 import vhostuser
 from vhostuser import Read, RequestFailed
 
-from .conftest import WAIT_S, Serving
+from .conftest import WAIT_S, Serving, file_system_in_memory
 
 Start = Callable[..., Serving]
 
@@ -34,13 +34,8 @@ def in_memory() -> Iterator[Path]:
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """A file system in memory with room for 6 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("a file system that fills up has to be mounted: only root may")
-    where = tmp_path / "small"
-    where.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(where)], check=True)
-    yield where
-    subprocess.run(["umount", "--lazy", str(where)], check=True)
+    with file_system_in_memory(tmp_path / "small", "6m") as where:
+        yield where
 
 
 def make(image: Path) -> Path:
@@ -49,7 +44,7 @@ def make(image: Path) -> Path:
     return image
 
 
-def warm_up(client: vhostuser.BlkClient) -> None:
+def warm_up(client: vhostuser.BlockClient) -> None:
     """So much that what can be copied without system calls is."""
     for _ in range(3):
         reads = client.submit_all([Read(number * PAGE, PAGE) for number in range(4 * MIB // PAGE)])

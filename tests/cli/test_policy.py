@@ -15,7 +15,7 @@ import pytest
 import vhostuser
 from vhostuser import ControlClient, RequestFailed, Write
 
-from .conftest import WAIT_S, Run, Serving
+from .conftest import WAIT_S, Run, Serving, file_system_in_memory
 from .test_failures import assert_one_line
 
 Start = Callable[..., Serving]
@@ -33,13 +33,8 @@ def place(tmp_path: Path) -> Path:
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for 1 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("a file system that fills up has to be mounted: only root may")
-    where = tmp_path / "small"
-    where.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(where)], check=True)
-    yield where
-    subprocess.run(["umount", "--lazy", str(where)], check=True)
+    with file_system_in_memory(tmp_path / "small", "1m") as where:
+        yield where
 
 
 def requests(place: Path, **wanted: object) -> list[dict[str, object]]:

@@ -1,17 +1,18 @@
 //! A worker asleep where a peer put it: who waits for the worker wakes it.
 #![allow(unsafe_code)]
 
+mod host;
+
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use host::{header, Host, LIMIT};
 use vhostuser_core::disk::{AnyEngine, Spec};
 use vhostuser_core::memory::GuestMemory;
 use vhostuser_core::ring::Chain;
-use vhostuser_core::worker::{Begun, Events, Finished, Queues, Serve};
-
-const LIMIT: Duration = Duration::from_secs(20);
+use vhostuser_core::worker::{Begun, Events, Finished, Queues, Serve, StopMode};
 
 /// Writes to a full eventfd at its first pass, as a notification does that a peer was quicker than.
 struct Sleeper {
@@ -85,4 +86,28 @@ fn the_end_wakes_a_worker_that_sleeps_on_a_peers_descriptor() {
     let (mut queues, passes) = asleep();
     queues.close(LIMIT).unwrap();
     assert!(passes.load(Ordering::SeqCst) >= 1);
+}
+
+#[test]
+fn a_peer_that_has_notifications_wait_after_all_holds_up_its_own_ring_until_somebody_waits_for_it() {
+    let mut host = Host::new(&Spec::null(), 1, 1);
+    let mut driver = host.driver(0, 16, 0);
+    let call = driver.call.as_raw_fd();
+    // It was nonblocking when it came; the flags are the peer's too.
+    // SAFETY: numbers only, and eight bytes of a local.
+    unsafe {
+        let flags = libc::fcntl(call, libc::F_GETFL);
+        assert_ne!(flags & libc::O_NONBLOCK, 0);
+        let most = u64::MAX - 1;
+        assert_eq!(libc::write(call, (&raw const most).cast(), 8), 8);
+        assert_eq!(libc::fcntl(call, libc::F_SETFL, flags & !libc::O_NONBLOCK), 0);
+    }
+    driver.send(&host, &header(4, 0), 0);
+    driver.ring.publish().unwrap();
+    driver.kick();
+    let end = Instant::now() + LIMIT;
+    while driver.ring.reap().unwrap().is_none() {
+        assert!(Instant::now() < end, "the answer comes before the notification that waits");
+    }
+    assert_eq!(host.queues.stop(0, StopMode::Finish, LIMIT, LIMIT).unwrap(), 1);
 }

@@ -479,28 +479,3 @@ fn flushes_of_all_workers_take_turns() {
         (0..20).for_each(|_| assert_eq!(driver.reap().1, 1));
     }
 }
-
-#[test]
-#[allow(unsafe_code)]
-fn a_peer_that_has_notifications_wait_after_all_holds_up_its_own_ring_until_somebody_waits_for_it() {
-    let mut host = Host::new(&memory_disk(), 1, 1);
-    let mut driver = host.driver(0, 16, 0);
-    let call = driver.call.as_raw_fd();
-    // It was nonblocking when it came; the flags are the peer's too.
-    // SAFETY: numbers only, and eight bytes of a local.
-    unsafe {
-        let flags = libc::fcntl(call, libc::F_GETFL);
-        assert_ne!(flags & libc::O_NONBLOCK, 0);
-        let most = u64::MAX - 1;
-        assert_eq!(libc::write(call, (&raw const most).cast(), 8), 8);
-        assert_eq!(libc::fcntl(call, libc::F_SETFL, flags & !libc::O_NONBLOCK), 0);
-    }
-    driver.send(&host, &header(4, 0), 0);
-    driver.ring.publish().unwrap();
-    driver.kick();
-    let end = Instant::now() + LIMIT;
-    while driver.ring.reap().unwrap().is_none() {
-        assert!(Instant::now() < end, "the answer comes before the notification that waits");
-    }
-    assert_eq!(host.queues.stop(0, StopMode::Finish, LIMIT, LIMIT).unwrap(), 1);
-}
